@@ -1,0 +1,1 @@
+"""Self-supervised pretraining of XCiT with DINO, and its evaluation."""

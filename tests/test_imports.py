@@ -1,0 +1,130 @@
+"""Who may import whom. A new module needs a row here; every exception edits this file."""
+
+import ast
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODULES = {path.stem: path for path in (ROOT / "ssl_xcit").glob("*.py") if path.stem != "__init__"}
+SCRIPTS = [ROOT / "main_dino.py", *(ROOT / "eval").glob("*.py"), *(ROOT / "launch").glob("*.py")]
+
+# A module imports only from rows above its own, so there are no cycles.
+ROWS = [
+    ["errors"],
+    ["options", "schedules", "distributed", "draws"],
+    ["config", "metrics", "xcit", "augment", "optim", "kernels", "images"],
+    ["checkpoint", "dino", "beton"],
+    ["loader", "features"],
+    ["knn", "run_folder"],
+    ["knn_evaluation"],
+    ["probe"],
+    ["run"],
+    ["train"],
+    ["slurm", "demo"],
+]
+ROW = {module: number for number, row in enumerate(ROWS) for module in row}
+
+# These packages have owners; nobody else imports them.
+OWNERS = {
+    "jsonargparse": {"options"},
+    "yaml": {"options"},
+    "submitit": {"slurm"},
+    "torchvision": {"images", "beton", "features"},
+    "numba": {"kernels", "loader"},
+    "llvmlite": {"kernels"},
+    "ffcv": {"kernels"},
+    "matplotlib": {"demo"},
+    "timm": set(),  # the tests' oracle
+    "sklearn": set(),
+}
+# Usable in a notebook, testable in a line: plain arguments, no configuration.
+PLAIN = {"xcit", "dino", "augment", "optim", "schedules", "kernels", "draws", "metrics"}
+# Imported by every --help, so nothing heavy.
+LIGHT = {"errors", "options", "config"}
+PACKAGE_OF = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "PyYAML"}
+
+
+def imports(source: str) -> tuple[set[str], set[str]]:
+    """(modules of ssl_xcit, other top-level packages) imported anywhere in `source`."""
+    ours, others = set(), set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            dotted = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            dotted = [alias.name for alias in node.names]
+        else:
+            continue
+        for top, *rest in (name.split(".") for name in dotted):
+            if top == "ssl_xcit":
+                ours.add(rest[0] if rest else "")
+            else:
+                others.add(top)
+    return ours, others
+
+
+def violations(module: str, source: str) -> list[str]:
+    """What `source` imports against the rules for `module`."""
+    ours, others = imports(source)
+    others -= sys.stdlib_module_names
+    requirements = (ROOT / "requirements.txt").read_text()
+    light = {"jsonargparse", "yaml"}
+    return [
+        *(f"row: {name}" for name in ours if ROW.get(name, 99) >= ROW[module]),
+        *(f"owner: {name}" for name in others if module not in OWNERS.get(name, {module})),
+        *(f"plain: {name}" for name in ours & {"config", "options"} if module in PLAIN),
+        *(f"light: {name}" for name in (others - light) | (ours - LIGHT) if module in LIGHT),
+        *(
+            f"requirements.txt: {name}"
+            for name in others
+            if not re.search(rf"(?mi)^{PACKAGE_OF.get(name, name)}==", requirements)
+        ),
+    ]
+
+
+def test_every_module_has_a_row_and_every_row_its_modules():
+    assert sum(map(len, ROWS)) == len(ROW)
+    assert set(MODULES) == set(ROW)
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_module_imports_only_what_it_may(module):
+    assert violations(module, MODULES[module].read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "found"),
+    [
+        ("xcit", "from ssl_xcit import dino", ["row: dino"]),
+        ("xcit", "from ssl_xcit.dino import DINOLoss", ["row: dino"]),
+        ("xcit", "import ssl_xcit.optim", ["row: optim"]),
+        ("xcit", "def f():\n    from ssl_xcit.train import train", ["row: train"]),
+        ("dino", "from ssl_xcit.config import Head", ["plain: config"]),
+        ("train", "import submitit.helpers", ["owner: submitit"]),
+        ("train", "from yaml import safe_load", ["owner: yaml"]),
+        ("xcit", "import timm", ["owner: timm", "requirements.txt: timm"]),
+        ("train", "import main_dino", ["requirements.txt: main_dino"]),
+        ("train", "import eval.knn", ["requirements.txt: eval"]),
+        ("options", "import numpy", ["light: numpy"]),
+        ("config", "from ssl_xcit import schedules", ["light: schedules"]),
+        ("train", "from ssl_xcit.unknown import f", ["row: unknown"]),
+        ("train", "import os, torch\nfrom ssl_xcit import xcit", []),
+    ],
+)
+def test_the_rules_would_notice(module, source, found):
+    assert violations(module, source) == found
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_is_thin_and_shadows_no_package(script):
+    ours, others = imports(script.read_text())
+    assert ours == {"config"}
+    assert others <= sys.stdlib_module_names
+    assert not any(isinstance(n, ast.If | ast.For) for n in ast.parse(script.read_text()).body[:-1])
+    if script.parent != ROOT:  # python eval/x.py puts eval/ first on the path
+        assert not (script.parent / "__init__.py").exists()
+        assert importlib.util.find_spec(script.stem) is None
