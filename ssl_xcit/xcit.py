@@ -1,0 +1,414 @@
+"""XCiT: Cross-Covariance Image Transformers (El-Nouby et al., NeurIPS 2021, arXiv:2106.09681).
+
+    image -> convolutional patch embedding + Fourier positions -> depth x XCABlock
+          -> 2 x ClassAttentionBlock (CaiT, arXiv:2103.17239) -> LayerNorm -> cls token -> head
+
+Parameter names are those of facebookresearch/xcit, so its files and DINO's backbones load with
+`strict=True`. Tokens are (b, n, d) in memory throughout, n = rows x columns; seen as an image that
+is torch's channels_last layout, so the convolutions among them copy nothing.
+"""
+
+import difflib
+import functools
+import itertools
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Float32, Int64
+from torch import Tensor, nn
+
+from ssl_xcit.draws import uniform
+from ssl_xcit.errors import UserError
+
+
+class Variant(NamedTuple):
+    """One row of table 1 of the paper; `eta` is LayerScale's initial gain."""
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    eta: float
+    tokens_norm: bool  # in the class-attention blocks norm2 sees all tokens, or the cls token alone
+
+
+VARIANTS = {
+    "xcit_nano_12": Variant(128, 12, 4, 1.0, False),
+    "xcit_tiny_12": Variant(192, 12, 4, 1.0, True),
+    "xcit_tiny_24": Variant(192, 24, 4, 1e-5, True),
+    "xcit_small_12": Variant(384, 12, 8, 1.0, True),
+    "xcit_small_24": Variant(384, 24, 8, 1e-5, True),
+    "xcit_medium_24": Variant(512, 24, 8, 1e-5, True),
+    "xcit_large_24": Variant(768, 24, 16, 1e-5, True),
+}
+ARCHITECTURES = tuple(f"{name}_p{patch_size}" for name in VARIANTS for patch_size in (16, 8))
+
+
+def build_xcit(
+    arch: str, *, num_classes: int = 1000, in_chans: int = 3, drop_path_rate: float = 0.0
+) -> "XCiT":
+    """The model called `arch` in `ARCHITECTURES`, freshly initialised; 0 classes: the backbone.
+
+    Raises:
+        UserError: there is no such architecture (the message names the nearest).
+    """
+    if arch not in ARCHITECTURES:
+        nearest = difflib.get_close_matches(arch, ARCHITECTURES, n=1, cutoff=0.0)[0]
+        raise UserError(
+            f"no architecture is called {arch!r}; did you mean {nearest!r}? "
+            f"There are: {', '.join(ARCHITECTURES)}"
+        )
+    name, _, patch_size = arch.rpartition("_p")
+    return XCiT(
+        int(patch_size),
+        *VARIANTS[name],
+        num_classes=num_classes,
+        in_chans=in_chans,
+        drop_path_rate=drop_path_rate,
+    )
+
+
+# Positions
+
+
+def fourier_features(height: int, width: int, device: torch.device) -> Float32[Tensor, "n 64"]:
+    """Sines and cosines of the places of the tokens, row by row ("Attention Is All You Need", 3.5).
+
+    Each axis runs over (1 .. size) / size * 2 pi, whatever its size, at 16 frequencies
+    10000^(-i/16); sin and cos alternate, 32 features for y, then 32 for x. Always float32, as in
+    the official code, whose weights in float64 expect the float32 numbers, its 1e-6 included.
+    """
+    steps = torch.arange(16, dtype=torch.float32, device=device).repeat_interleave(2)
+    wavelength = 10000.0 ** (2 * steps / 32)
+
+    def axis(size: int) -> Float32[Tensor, "size 32"]:
+        place = torch.arange(1, size + 1, dtype=torch.float32, device=device)
+        angle = (place / (place[-1] + 1e-6) * (2 * math.pi))[:, None] / wavelength
+        return torch.stack((angle[:, 0::2].sin(), angle[:, 1::2].cos()), dim=2).flatten(1)
+
+    y = axis(height)[:, None].expand(height, width, 32)
+    x = axis(width)[None].expand(height, width, 32)
+    return torch.cat((y, x), dim=2).flatten(0, 1)
+
+
+@functools.lru_cache(maxsize=64)  # bounds the memory when every image has its own size
+def _cached_fourier_features(height: int, width: int, device: torch.device) -> Tensor:
+    # A tensor made in inference mode could never be used in training afterwards.
+    with torch.inference_mode(False):
+        return fourier_features(height, width, device)
+
+
+class FourierPositions(nn.Module):
+    """The fixed Fourier features of a grid, brought to the embedding size by a learned projection.
+
+    The features depend on the grid alone: they are computed once per (height, width, device) in the
+    whole process, and projected once per forward, not once per image.
+    """
+
+    def __init__(self, embed_dim: int) -> None:
+        super().__init__()
+        self.token_projection = nn.Conv2d(64, embed_dim, kernel_size=1)
+
+    def forward(self, height: int, width: int, device: torch.device) -> Float[Tensor, "n d"]:
+        # A compiled graph computes them itself: its memory must not end in a cache outside of it.
+        make = fourier_features if torch.compiler.is_compiling() else _cached_fourier_features
+        features = make(height, width, device)
+        weight = self.token_projection.weight.flatten(1)
+        return F.linear(features.to(weight.dtype), weight, self.token_projection.bias)
+
+
+# Layers
+
+
+class ConvPatchEmbed(nn.Module):
+    """log2(patch_size) convolutions 3x3 of stride 2, each halving the image (sides rounded up)."""
+
+    def __init__(self, patch_size: int, embed_dim: int, in_chans: int) -> None:
+        super().__init__()
+        halvings = int(math.log2(patch_size))
+        assert 2**halvings == patch_size, f"patch_size must be a power of 2, not {patch_size}"
+        widths = [in_chans, *(embed_dim >> i for i in reversed(range(halvings)))]
+        layers: list[nn.Module] = []
+        for before, after in itertools.pairwise(widths):
+            convolution = nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False)
+            layers += [nn.Sequential(convolution, nn.BatchNorm2d(after)), nn.GELU()]
+        self.proj = nn.Sequential(*layers[:-1])
+
+    def forward(self, x: Float[Tensor, "b c height width"]) -> Float[Tensor, "b d rows columns"]:
+        return self.proj(x.contiguous(memory_format=torch.channels_last))
+
+
+class MLP(nn.Module):
+    """Linear, exact GELU, Linear."""
+
+    def __init__(self, embed_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(embed_dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, embed_dim)
+
+    def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+def cross_covariance(
+    q: Float[Tensor, "b heads e n"],
+    k: Float[Tensor, "b heads e n"],
+    temperature: Float[Tensor, "heads 1 1"],
+) -> Float[Tensor, "b heads e e"]:
+    """softmax(q_hat k_hat^T * temperature), each channel of q and k of length 1 over the tokens.
+
+    Equation 3 of the paper (its tau is 1 / temperature), with the division after the product, which
+    spares the normalised copies of q and k. Lengths, division and softmax are float32 even when q
+    and k are bfloat16 (autocast), and float64 when they are float64.
+    """
+    precise = torch.promote_types(q.dtype, torch.float32)
+    q_length = torch.linalg.vector_norm(q, dim=3, dtype=precise).clamp_min(1e-12)[..., :, None]
+    k_length = torch.linalg.vector_norm(k, dim=3, dtype=precise).clamp_min(1e-12)[..., None, :]
+    logits = (q @ k.mT) * (temperature / q_length) / k_length  # (b, heads, e, e)
+    return logits.softmax(dim=-1)
+
+
+class XCA(nn.Module):
+    """Cross-covariance attention: channels attend to channels within each head (section 3.2)."""
+
+    def __init__(self, embed_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1))
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
+        self.proj = nn.Linear(embed_dim, embed_dim)
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (b, n, 3, heads, d/heads)
+        # One copy to (3, b, heads, d/heads, n) here, or each product below would make its own; and
+        # tokens last is the layout in which torch's vector_norm is quick on a CPU too.
+        q, k, v = qkv.permute(2, 0, 3, 4, 1).contiguous().unbind(0)
+        attention = cross_covariance(q, k, self.temperature).to(v.dtype)
+        return self.proj((attention @ v).permute(0, 3, 1, 2).flatten(2))
+
+
+class LPI(nn.Module):
+    """Local patch interaction: two depthwise 3x3 convolutions on the token grid (section 3.3)."""
+
+    def __init__(self, embed_dim: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(embed_dim, embed_dim, 3, padding=1, groups=embed_dim)
+        self.bn = nn.BatchNorm2d(embed_dim)
+        self.conv2 = nn.Conv2d(embed_dim, embed_dim, 3, padding=1, groups=embed_dim)
+
+    def forward(self, x: Float[Tensor, "b n d"], grid: tuple[int, int]) -> Float[Tensor, "b n d"]:
+        image = x.transpose(1, 2).unflatten(2, grid)  # (b, d, rows, columns): a view
+        image = _depthwise(self.conv2, self.bn(F.gelu(_depthwise(self.conv1, image))))
+        return image.flatten(2).transpose(1, 2)
+
+
+def _depthwise(
+    conv: nn.Conv2d, x: Float[Tensor, "b d rows columns"]
+) -> Float[Tensor, "b d rows columns"]:
+    # The weight's way through two dimensions gives its gradient the weight's own strides. Straight
+    # from a channels_last convolution they would be (9, 1, 3, 1), which DistributedDataParallel
+    # warns of and copies, and which the optimisers' multi-tensor kernels do not take.
+    weight = conv.weight.flatten(1).unflatten(1, (1, 3, 3))
+    return F.conv2d(x, weight, conv.bias, padding=1, groups=weight.shape[0])
+
+
+class XCABlock(nn.Module):
+    """XCA, LPI and MLP, each normalised before and added with its own LayerScale gains.
+
+    The official code numbers LPI's norm and gains 3 although LPI comes second.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, mlp_ratio: int, eta: float) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(embed_dim, eps=1e-6) for _ in range(3))
+        self.gamma1, self.gamma2, self.gamma3 = (
+            nn.Parameter(torch.full((embed_dim,), eta)) for _ in range(3)
+        )
+        self.attn = XCA(embed_dim, num_heads)
+        self.local_mp = LPI(embed_dim)
+        self.mlp = MLP(embed_dim, mlp_ratio * embed_dim)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n d"],
+        grid: tuple[int, int],
+        keep: Float[Tensor, "3 b"] | None = None,
+    ) -> Float[Tensor, "b n d"]:
+        """`grid`: rows and columns of the tokens; `keep`: drop path's factors (XCA, LPI, MLP)."""
+        gain1, gain3, gain2 = self.gamma1, self.gamma3, self.gamma2
+        if keep is not None:  # dropping a branch is a gain of 0: no pass over the tokens for it
+            by_sample = keep[:, :, None, None]  # (3, b, 1, 1)
+            gain1, gain3, gain2 = gain1 * by_sample[0], gain3 * by_sample[1], gain2 * by_sample[2]
+        x = x + gain1 * self.attn(self.norm1(x))
+        x = x + gain3 * self.local_mp(self.norm3(x), grid)
+        return x + gain2 * self.mlp(self.norm2(x))
+
+
+class ClassAttention(nn.Module):
+    """Attention whose only query is the cls token (CaiT, section 3.2); softmax in float32 or more.
+
+    With one query per head, projecting it back through the key matrix (and the weighted mean of the
+    tokens through the value matrix) gives what projecting every token to keys and values would:
+
+        q^T (W_k x_n + b_k)       = (W_k^T q)^T x_n + constant
+        sum_n a_n (W_v x_n + b_v) = W_v (sum_n a_n x_n) + b_v
+
+    so no n x d x d product remains. The constant, all that b_k does, is lost in the softmax and is
+    left out; b_k stays, unused, as a third of `qkv.bias`, because the official files have it.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
+        self.proj = nn.Linear(embed_dim, embed_dim)
+
+    def attention(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b heads n"]:
+        """Weight of every token for the first one, which is the cls token; each row sums to 1."""
+        w_q, w_k, _ = self.qkv.weight.chunk(3)
+        q = F.linear(x[:, 0], w_q, self.qkv.bias.chunk(3)[0]).unflatten(1, (self.num_heads, -1))
+        q = q * q.shape[2] ** -0.5  # (b, heads, d/heads)
+        query = torch.einsum("bhe,hed->bhd", q, w_k.unflatten(0, (self.num_heads, -1)))
+        logits = query @ x.mT  # (b, heads, n)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b d"]:
+        w_v = self.qkv.weight.chunk(3)[2].unflatten(0, (self.num_heads, -1))  # (heads, d/heads, d)
+        mean = self.attention(x).to(x.dtype) @ x  # (b, heads, d)
+        values = torch.einsum("bhd,hed->bhe", mean, w_v).flatten(1) + self.qkv.bias.chunk(3)[2]
+        return self.proj(values)
+
+
+class ClassAttentionBlock(nn.Module):
+    """Class attention and MLP for the cls token; what happens to the patch tokens is a legacy.
+
+    In the official code the patch tokens get gamma1 * norm1(x) as a residual, are normalised by
+    norm2 if `tokens_norm`, and doubled by the last residual. Trained weights depend on all of it.
+    """
+
+    def __init__(
+        self, embed_dim: int, num_heads: int, mlp_ratio: int, eta: float, tokens_norm: bool
+    ) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = (nn.LayerNorm(embed_dim, eps=1e-6) for _ in range(2))
+        self.gamma1, self.gamma2 = (nn.Parameter(torch.full((embed_dim,), eta)) for _ in range(2))
+        self.attn = ClassAttention(embed_dim, num_heads)
+        self.mlp = MLP(embed_dim, mlp_ratio * embed_dim)
+        self.tokens_norm = tokens_norm
+
+    def normalise(
+        self, cls: Float[Tensor, "b d"], patches: Float[Tensor, "b n d"]
+    ) -> Float[Tensor, "b n+1 d"]:
+        """The input of the attention: cls token first, then the patch tokens, after norm1."""
+        return self.norm1(torch.cat((cls[:, None], patches), dim=1))
+
+    def forward(
+        self, cls: Float[Tensor, "b d"], patches: Float[Tensor, "b n d"], cls_only: bool = False
+    ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b n d"]]:
+        """The new cls and patch tokens; `cls_only` leaves the patch tokens as they came, unused."""
+        normed = self.normalise(cls, patches)
+        cls = self.norm2(cls + self.gamma1 * self.attn(normed))
+        cls = cls + self.gamma2 * self.mlp(cls)
+        if not cls_only:
+            patches = patches + self.gamma1 * normed[:, 1:]
+            patches = 2 * (self.norm2(patches) if self.tokens_norm else patches)
+        return cls, patches
+
+
+# The model
+
+
+class XCiT(nn.Module):
+    """The network for images of any size, square or not.
+
+    Args:
+        patch_size: 16 or 8, or another power of 2; there is a token for each begun patch.
+        embed_dim, depth, num_heads, eta, tokens_norm: see `Variant`.
+        num_classes: size of the linear head; 0: none, the output is the cls token.
+        in_chans: channels of the image.
+        drop_path_rate: chance that a sample skips a residual branch in training, the same for every
+            block; none in the class-attention blocks.
+        mlp_ratio: hidden size of the MLPs, in embed_dim.
+    """
+
+    def __init__(
+        self,
+        patch_size: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        eta: float,
+        tokens_norm: bool,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        drop_path_rate: float = 0.0,
+        mlp_ratio: int = 4,
+    ) -> None:
+        super().__init__()
+        self.patch_size, self.embed_dim, self.num_classes = patch_size, embed_dim, num_classes
+        self.drop_path_rate = drop_path_rate
+        self.patch_embed = ConvPatchEmbed(patch_size, embed_dim, in_chans)
+        self.pos_embeder = FourierPositions(embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.blocks = nn.ModuleList(
+            XCABlock(embed_dim, num_heads, mlp_ratio, eta) for _ in range(depth)
+        )
+        self.cls_attn_blocks = nn.ModuleList(
+            ClassAttentionBlock(embed_dim, num_heads, mlp_ratio, eta, tokens_norm) for _ in range(2)
+        )
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):  # everything else keeps torch's initial values
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(
+        self, x: Float[Tensor, "b c height width"], keys: Int64[Tensor, "b"] | None = None
+    ) -> Float[Tensor, "b out"]:
+        """Logits, or without a head the cls token; in training as in evaluation.
+
+        `keys` (see `draws.stream`) fix each sample's drop path; without, torch's generator draws.
+        """
+        cls, patches = self._before_last_block(x, keys)
+        cls, _ = self.cls_attn_blocks[1](cls, patches, cls_only=True)
+        return self.head(self.norm(cls))
+
+    def forward_features(
+        self, x: Float[Tensor, "b c height width"], keys: Int64[Tensor, "b"] | None = None
+    ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b n d"]]:
+        """The cls token and the patch tokens (row by row), both after the last LayerNorm."""
+        cls, patches = self.cls_attn_blocks[1](*self._before_last_block(x, keys))
+        return self.norm(cls), self.norm(patches)
+
+    def class_attention(self, x: Float[Tensor, "b c height width"]) -> Float[Tensor, "b heads n"]:
+        """Attention of the cls token to each patch token (row by row) in the last layer.
+
+        The softmax includes the cls token itself: the map of a head sums to 1 minus that share.
+        """
+        last = self.cls_attn_blocks[1]
+        return last.attn.attention(last.normalise(*self._before_last_block(x, None)))[:, :, 1:]
+
+    def _before_last_block(
+        self, x: Float[Tensor, "b c height width"], keys: Int64[Tensor, "b"] | None
+    ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b n d"]]:
+        image = self.patch_embed(x)
+        b, _, *grid = image.shape
+        patches = image.flatten(2).transpose(1, 2) + self.pos_embeder(*grid, x.device)
+        keep = self._drop_path(b, keys)
+        for i, block in enumerate(self.blocks):
+            patches = block(patches, tuple(grid), None if keep is None else keep[i])
+        return self.cls_attn_blocks[0](self.cls_token[0].expand(b, -1), patches)
+
+    def _drop_path(self, b: int, keys: Int64[Tensor, "b"] | None) -> Float[Tensor, "l 3 b"] | None:
+        """0 or 1 / (1 - rate) for each block, branch (XCA, LPI, MLP) and sample, all at once."""
+        if not self.training or self.drop_path_rate == 0:
+            return None
+        depth, rate, device = len(self.blocks), self.drop_path_rate, self.cls_token.device
+        if keys is None:
+            draws = torch.rand(depth, 3, b, device=device)
+        else:
+            draws = uniform(keys, torch.arange(3 * depth, device=device).view(depth, 3, 1))
+        return (draws >= rate).to(self.cls_token.dtype) / (1 - rate)
