@@ -1,0 +1,156 @@
+"""Parameter groups, optimisers, gradient clipping and the freeze of the last layer, as in DINO."""
+
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from ssl_xcit.errors import UserError
+
+
+def parameter_groups(model: nn.Module) -> list[dict]:
+    """The trainable parameters as [decayed, not decayed], DINO's rule (`get_params_groups`).
+
+    Not decayed: names that end in ".bias" and vectors (LayerNorm, BatchNorm, LayerScale). All else
+    is, including XCiT's `cls_token` (1, 1, d) and `temperature` (h, 1, 1) and the head's
+    `weight_g` (K, 1) when it is trained. Upstream's XCiT class has a `no_weight_decay` of its own,
+    for supervised training, that exempts the cls token; DINO does not ask it, the published models
+    were trained with the rule above, and so are ours.
+
+    The first group carries no "weight_decay" of its own (`set_hyperparameters` writes it every
+    step), the second 0. "param_names" holds the names, under the key that torch itself uses.
+    """
+    decayed, plain = {}, {}
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, parameter in trainable.items():
+        undecayed = name.endswith(".bias") or parameter.ndim == 1
+        (plain if undecayed else decayed)[name] = parameter
+    covered = [id(p) for p in (*decayed.values(), *plain.values())]
+    assert sorted(covered) == sorted({id(p) for p in model.parameters() if p.requires_grad})
+    return [
+        {"params": list(decayed.values()), "param_names": list(decayed)},
+        {"params": list(plain.values()), "param_names": list(plain), "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(name: str, groups: list[dict], fused: bool) -> Optimizer:
+    """The optimiser `name` over `parameter_groups`: "adamw", "sgd" or "lars".
+
+    AdamW has torch's betas (0.9, 0.999) and eps 1e-8; SGD and LARS have momentum 0.9. Learning
+    rate and weight decay are 0 until `set_hyperparameters` is called, which is before every step.
+    `fused` (for CUDA) takes torch's one-kernel AdamW and SGD, otherwise the foreach ones.
+
+    Raises UserError for another name.
+    """
+    how = {"fused": True} if fused else {"foreach": True}
+    if name == "adamw":
+        return AdamW(groups, lr=0.0, weight_decay=0.0, **how)
+    if name == "sgd":
+        return SGD(groups, lr=0.0, momentum=0.9, **how)
+    if name == "lars":
+        return LARS(groups, lr=0.0)
+    raise UserError(f"expected optimizer adamw, sgd or lars, got {name!r}")
+
+
+class LARS(Optimizer):
+    """SGD with momentum whose update is rescaled, tensor by tensor, to the size of the weights.
+
+    You et al. 2017, in the form of Barlow Twins (Zbontar et al. 2021), which DINO took over:
+
+        u = grad + weight_decay p
+        u = eta |p| / |u| u          (left alone when either norm is 0)
+        mu = momentum mu + u
+        p = p - lr mu
+
+    Vectors (biases, norm layers) get neither weight decay nor rescaling, in either group.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 0.0,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+        eta: float = 0.001,
+    ) -> None:
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eta": eta}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update from the present gradients. Parameters without one are left untouched."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for vectors in (True, False):
+                self._update([p for p in parameters if (p.ndim == 1) == vectors], group, vectors)
+        return loss
+
+    def _update(self, parameters: list[nn.Parameter], group: dict, vectors: bool) -> None:
+        if not parameters:
+            return
+        updates = [p.grad for p in parameters]
+        if not vectors:
+            updates = torch._foreach_add(updates, parameters, alpha=group["weight_decay"])
+            sizes = torch.stack(torch._foreach_norm(parameters))
+            lengths = torch.stack(torch._foreach_norm(updates))
+            scales = torch.where(
+                (sizes > 0) & (lengths > 0), group["eta"] * sizes / lengths, torch.ones_like(sizes)
+            )
+            updates = torch._foreach_mul(updates, scales.unbind())
+        for p in parameters:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        momenta = [self.state[p]["momentum_buffer"] for p in parameters]
+        torch._foreach_mul_(momenta, group["momentum"])
+        torch._foreach_add_(momenta, updates)
+        torch._foreach_add_(parameters, momenta, alpha=-group["lr"])
+
+
+def set_hyperparameters(optimizer: Optimizer, lr: float, weight_decay: float) -> None:
+    """Write the step's learning rate into both groups, its weight decay into the decayed one."""
+    decayed, plain = optimizer.param_groups
+    decayed["lr"] = plain["lr"] = lr
+    decayed["weight_decay"] = weight_decay
+
+
+@torch.no_grad()
+def clip_gradients(
+    parameters: Iterable[nn.Parameter],
+    clip: float,
+    mode: Literal["parameter", "global"] = "parameter",
+) -> Float[Tensor, ""]:
+    """Shrink the gradients in place to a norm of at most `clip`; 0 or less leaves them alone.
+
+    "parameter" is DINO's `clip_gradients`: each tensor has its own norm and its own factor
+    min(1, clip / (norm + 1e-6)). "global" uses one norm and one factor for all of them, which
+    regularises far more at the same `clip` (XCiT-S12 has 341 tensors, each allowed the whole norm).
+
+    Returns the global norm before clipping, as a tensor: nothing here waits for the device.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if not grads:
+        return torch.zeros(())
+    norms = torch.stack(torch._foreach_norm(grads))
+    total = torch.linalg.vector_norm(norms)
+    if clip > 0:
+        limited = norms if mode == "parameter" else total.expand_as(norms)
+        factors = (clip / (limited + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(grads, factors.unbind())
+    return total
+
+
+def freeze_last_layer(model: nn.Module) -> None:
+    """Drop the gradients of the head's last layer: the optimiser then skips it altogether.
+
+    No update, no weight decay and no moments, as in DINO's first epoch(s). Call it after clipping.
+    """
+    for name, parameter in model.named_parameters():
+        if "last_layer" in name:
+            parameter.grad = None

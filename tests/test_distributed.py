@@ -1,0 +1,246 @@
+"""Set-up and collectives, alone and in two real gloo processes started by torchrun.
+
+The two-process tests share one start: this file is also the program that torchrun runs.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ssl_xcit import distributed
+from ssl_xcit.dino import DINOLoss
+from ssl_xcit.errors import UserError
+
+K = 33
+
+
+def batch_norms(rank):
+    """Two layers that have seen the rank's own batch; the counters differ between ranks."""
+    torch.manual_seed(0)
+    modules = [nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), nn.BatchNorm1d(6)]
+    generator = torch.Generator().manual_seed(100 + rank)
+    for _ in range(1 + rank):
+        modules[0](torch.randn(5, 3, 2, 2, generator=generator))
+        modules[1](torch.randn(5, 6, generator=generator))
+    modules[0].register_buffer("other", torch.full((2,), float(rank)))
+    return modules
+
+
+def teacher_logits(rank, step):
+    return torch.randn(8, K, generator=torch.Generator().manual_seed(10 * step + rank))
+
+
+def rows(rank, dtype):
+    """3 rows on rank 0, none on rank 1."""
+    return torch.arange(6).view(3, 2)[: 3 * (1 - rank)].to(dtype)
+
+
+def worker(folder):
+    ranks = distributed.setup("cpu", timeout_s=60)
+    loss = DINOLoss(K)
+    for step in range(3):
+        mean = teacher_logits(ranks.rank, step).mean(0, keepdim=True)
+        loss.update_center(distributed.all_reduce_mean(mean))
+    modules = batch_norms(ranks.rank)
+    distributed.all_reduce_buffers(modules)
+    features = torch.full((2 + ranks.rank, 3), float(ranks.rank))
+    distributed.barrier()
+    results = {
+        "ranks": (ranks.rank, ranks.world_size, ranks.local_rank, str(ranks.device)),
+        "center": loss.center,
+        "buffers": [dict(module.named_buffers()) for module in modules],
+        "features": distributed.gather_variable(features),
+        "labels": distributed.gather_variable(rows(ranks.rank, torch.int64)),
+        "flat": distributed.gather_variable(torch.arange(ranks.rank, 3)),
+    }
+    torch.save(results, Path(folder) / f"{ranks.rank}.pt")
+    distributed.teardown()
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*launcher, "--nproc-per-node", "2", __file__, str(folder)]
+    environment = {k: v for k, v in os.environ.items() if k not in distributed.TORCHRUN}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    for name in distributed.TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_torchrun_gives_each_process_its_rank_on_the_cpu(two_processes):
+    assert [r["ranks"] for r in two_processes] == [(0, 2, 0, "cpu"), (1, 2, 1, "cpu")]
+
+
+def test_the_centre_of_two_processes_is_that_of_one_with_both_batches(two_processes):
+    loss = DINOLoss(K)
+    for step in range(3):
+        both = torch.cat([teacher_logits(rank, step) for rank in range(2)])
+        loss.update_center(both.mean(0, keepdim=True))
+    assert torch.equal(two_processes[0]["center"], two_processes[1]["center"])
+    torch.testing.assert_close(two_processes[0]["center"], loss.center, rtol=1e-5, atol=1e-7)
+
+
+def test_running_statistics_become_the_mean_over_ranks_and_nothing_else_moves(two_processes):
+    own = [[dict(m.named_buffers()) for m in batch_norms(rank)] for rank in range(2)]
+    averaged = 0
+    for module in range(2):
+        for name in own[0][module]:
+            got = [two_processes[rank]["buffers"][module][name] for rank in range(2)]
+            mine = [own[rank][module][name] for rank in range(2)]
+            if "running" in name:
+                averaged += 1
+                assert not torch.equal(mine[0], mine[1])
+                assert torch.equal(got[0], got[1]), name
+                torch.testing.assert_close(got[0], (mine[0] + mine[1]) / 2)
+            else:
+                assert torch.equal(got[0], mine[0]), name
+                assert torch.equal(got[1], mine[1]), name
+    assert averaged == 4
+    assert own[0][0]["1.num_batches_tracked"] != own[1][0]["1.num_batches_tracked"]
+
+
+def test_gathering_joins_the_rows_of_all_ranks_in_rank_order_also_from_an_empty_one(two_processes):
+    for results in two_processes:
+        assert results["features"].tolist() == [[0.0] * 3] * 2 + [[1.0] * 3] * 3
+        assert torch.equal(results["labels"], rows(0, torch.int64))
+        assert results["flat"].tolist() == [0, 1, 2, 1, 2]
+
+
+def test_alone_there_is_no_process_group_and_collectives_change_nothing(alone):
+    ranks = distributed.setup("cpu")
+    assert ranks == distributed.Distributed(0, 1, 0, torch.device("cpu"))
+    assert not torch.distributed.is_initialized()
+    tensor = torch.randn(3)
+    assert distributed.all_reduce_mean(tensor) is tensor
+    assert distributed.gather_variable(tensor) is tensor
+    modules = batch_norms(1)
+    before = [b.clone() for m in modules for b in m.buffers()]
+    distributed.all_reduce_buffers(modules)
+    assert all(map(torch.equal, before, (b for m in modules for b in m.buffers())))
+    distributed.barrier()
+    distributed.teardown()
+
+
+def test_one_process_under_torchrun_needs_no_group_either(alone):
+    values = ("0", "1", "0", "localhost", "29501")
+    for name, value in zip(distributed.TORCHRUN, values, strict=True):
+        alone.setenv(name, value)
+    assert distributed.setup("cpu").world_size == 1
+    assert not torch.distributed.is_initialized()
+
+
+def test_an_incomplete_environment_names_what_is_missing(alone):
+    alone.setenv("RANK", "1")
+    alone.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"LOCAL_RANK, MASTER_ADDR, MASTER_PORT missing") as error:
+        distributed.setup("cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_a_master_address_in_the_environment_does_not_make_a_run_distributed(alone):
+    alone.setenv("MASTER_ADDR", "localhost")
+    assert distributed.setup("cpu").world_size == 1
+
+
+def test_waiting_for_a_rank_that_never_comes_ends_with_the_timeout(alone):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    values = ("0", "2", "0", "localhost", port)
+    for name, value in zip(distributed.TORCHRUN, values, strict=True):
+        alone.setenv(name, value)
+    with pytest.raises(torch.distributed.DistError, match="1/2 clients joined"):
+        distributed.setup("cpu", timeout_s=1.0)
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("device", "expected", "backend"),
+    [("cpu", "cpu", "gloo"), ("cuda", "cuda:1", "cpu:gloo,cuda:nccl")],
+)
+def test_a_rank_of_a_second_machine_takes_its_device_by_its_local_rank(
+    alone, device, expected, backend
+):
+    joined, current = [], []
+    alone.setattr(
+        torch.distributed,
+        "init_process_group",
+        lambda *args, **kwargs: joined.append((args, kwargs)),
+    )
+    alone.setattr(torch.cuda, "set_device", current.append)
+    with_gpus(alone, 4)
+    values = ("5", "8", "1", "localhost", "29501")
+    for name, value in zip(distributed.TORCHRUN, values, strict=True):
+        alone.setenv(name, value)
+    ranks = distributed.setup(device, timeout_s=90.0)
+    assert ranks == distributed.Distributed(5, 8, 1, torch.device(expected))
+    on_gpu = [ranks.device] if device == "cuda" else []
+    [(arguments, options)] = joined
+    assert arguments == (backend,)
+    assert options == {
+        "timeout": timedelta(seconds=90),
+        "device_id": ranks.device if on_gpu else None,
+    }
+    assert current == on_gpu
+
+
+def with_gpus(monkeypatch, count):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "local_rank", "expected"),
+    [
+        ("auto", 0, 0, "cpu"),
+        ("auto", 0, 3, "cpu"),
+        ("auto", 4, 3, "cuda:3"),
+        ("cuda", 4, 0, "cuda:0"),
+        ("cuda", 1, 3, "cuda:0"),  # each task sees one GPU, its own
+        ("cpu", 4, 3, "cpu"),
+    ],
+)
+def test_device_follows_the_request_and_what_the_process_sees(
+    monkeypatch, device, gpus, local_rank, expected
+):
+    with_gpus(monkeypatch, gpus)
+    assert distributed.choose_device(device, local_rank) == torch.device(expected)
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "local_rank", "complaint"),
+    [
+        ("cuda", 0, 0, "torch sees none: use device cpu"),
+        ("cuda", 2, 2, r"at most 2 ranks.*got local rank 2"),
+        ("gpu", 2, 0, "auto, cpu or cuda, got 'gpu'"),
+    ],
+)
+def test_a_device_that_cannot_be_had_is_refused_in_one_line(
+    monkeypatch, device, gpus, local_rank, complaint
+):
+    with_gpus(monkeypatch, gpus)
+    with pytest.raises(UserError, match=complaint) as error:
+        distributed.choose_device(device, local_rank)
+    assert "\n" not in str(error.value)
+
+
+if __name__ == "__main__":
+    worker(sys.argv[1])
