@@ -1,0 +1,37 @@
+"""Fixtures that several test files share: real images for every user."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from ssl_xcit.beton import write_beton
+
+SIDE = 96  # pixels of a tile
+
+# The tests' tensors are tiny: a second thread costs more than it brings, and far more where other
+# processes want the cores. One thread also makes sums the same everywhere.
+torch.set_num_threads(1)
+
+
+def photo_tiles(folder: Path, per_class: int) -> Path:
+    """Tiles of scikit-learn's two photographs as JPEGs, a class per photograph."""
+    for name, photo in zip(("temple", "flower"), load_sample_images().images, strict=True):
+        (folder / name).mkdir(parents=True)
+        height, width, _ = photo.shape
+        for i in range(per_class):
+            top, left = (37 * i) % (height - SIDE), (101 * i) % (width - SIDE)
+            tile = Image.fromarray(photo[top : top + SIDE, left : left + SIDE])
+            tile.save(folder / name / f"{i:03d}.jpg", quality=90)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """A .beton of 48 labelled photographs of 96 x 96 pixels, in two classes."""
+    folder = tmp_path_factory.mktemp("photos")
+    path = folder / "photos.beton"
+    write_beton(photo_tiles(folder / "tiles", 24), path, progress=False)
+    return path
