@@ -1,0 +1,121 @@
+"""Features of a frozen backbone over a whole dataset, each image once, gathered from all ranks."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float32, Int64, Real, UInt8
+from torch import Tensor, nn
+
+from ssl_xcit import distributed
+from ssl_xcit.errors import UserError
+
+FEATURES = ("cls", "patch", "cls+patch")
+
+
+class Features(NamedTuple):
+    """One row per image, in the order of the dataset, on the CPU."""
+
+    features: Real[Tensor, "n d"]  # float32 of a backbone, uint8 of raw pixels; not normalised
+    labels: Int64[Tensor, " n"]
+    indices: Int64[Tensor, " n"]
+
+
+def extract_features(
+    backbone: nn.Module,
+    loader: Iterable,
+    which: Sequence[str],
+    device: torch.device,
+    precision: str,
+) -> dict[str, Features]:
+    """Features of every kind in `which`, from one pass; the same on every rank.
+
+    cls: the class token after the final LayerNorm, (n, d), DINO's choice for XCiT.
+    patch: the mean of the patch tokens after the final LayerNorm, (n, d).
+    cls+patch: both side by side, (n, 2d), neither scaled first: DINOv2's choice for its probes.
+
+    `loader` is an `EvalLoader`, or anything that yields (images (b, c, h, w), labels (b,),
+    indices (b,)) with each image on one rank; bytes are normalised on the device by the loader's
+    `mean` and `std`. `precision` is "fp32" or "bf16" (autocast).
+
+    The backbone is in eval mode meanwhile: BatchNorm uses its running statistics and does not
+    update them. Afterwards every module is in the mode it was in.
+    """
+    unknown = set(which) - set(FEATURES)
+    if unknown:
+        raise UserError(f"no features {sorted(unknown)}: choose from {', '.join(FEATURES)}")
+
+    @torch.inference_mode()
+    def embed(images: Tensor) -> dict[str, Float32[Tensor, "b d"]]:
+        images = images.to(device, non_blocking=True)
+        if images.dtype == torch.uint8:
+            images = normalise(images, loader.mean, loader.std)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            cls, patches = backbone.forward_features(images)
+        cls, patch = cls.float(), patches.float().mean(dim=1)
+        kinds = {"cls": cls, "patch": patch, "cls+patch": torch.cat((cls, patch), dim=1)}
+        return {kind: kinds[kind] for kind in which}
+
+    with _evaluating(backbone):
+        return _collect(loader, embed)
+
+
+def extract_pixels(loader: Iterable) -> Features:
+    """The bytes of each view as its features, (n, c * h * w) uint8: the baseline without a network.
+
+    `loader` yields bytes; they take a quarter of float32's memory. They are copied, because a
+    loader reuses a batch's memory only when nobody refers to it.
+    """
+    return _collect(loader, lambda images: {"pixels": images.flatten(1).clone()})["pixels"]
+
+
+def normalise(
+    images: UInt8[Tensor, "*batch c h w"], mean: Sequence[float], std: Sequence[float]
+) -> Float32[Tensor, "*batch c h w"]:
+    """(x / 255 - mean) / std per channel, on the images' device."""
+    if not images.size(-3) == len(mean) == len(std):
+        raise UserError(
+            f"the images have {images.size(-3)} channels but mean has {len(mean)} values and std "
+            f"{len(std)}: give one of each per channel"
+        )
+    # Not blocking, or each call would wait for all the work that the GPU has still to do.
+    mean, std = (
+        torch.tensor(values).view(-1, 1, 1).to(images.device, non_blocking=True)
+        for values in (mean, std)
+    )
+    return images.float().div_(255).sub_(mean).div_(std)
+
+
+def _collect(loader: Iterable, embed: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, Features]:
+    """Embed every batch, gather all ranks' rows once at the end, and sort them by image index."""
+    rows: dict[str, list[Tensor]] = {}
+    labels, indices = [], []
+    for batch_images, batch_labels, batch_indices in loader:
+        for kind, features in embed(batch_images).items():
+            rows.setdefault(kind, []).append(features.cpu())
+        labels.append(batch_labels)
+        indices.append(batch_indices)
+
+    # From here on outside of inference mode, so that a classifier can be trained on the result.
+    if not indices:
+        raise UserError("there are fewer images than ranks: start fewer ranks")
+    indices, order = distributed.gather_variable(torch.cat(indices)).sort()
+    assert (indices[1:] != indices[:-1]).all(), "an image was read twice"
+    labels = distributed.gather_variable(torch.cat(labels))[order]
+    return {
+        kind: Features(distributed.gather_variable(torch.cat(parts))[order], labels, indices)
+        for kind, parts in rows.items()
+    }
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode; afterwards each module's own (parts of a network may be frozen in eval mode)."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,553 @@
+import copy
+import dataclasses
+import gzip
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.neighbors import KNeighborsClassifier
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ssl_xcit import knn, knn_evaluation
+from ssl_xcit.augment import EvalView
+from ssl_xcit.beton import Beton, write_beton
+from ssl_xcit.checkpoint import save_checkpoint
+from ssl_xcit.config import Crops, KnnConfig, TrainConfig, save_config
+from ssl_xcit.errors import UserError
+from ssl_xcit.knn import (
+    cosine_top_k,
+    knn_accuracy,
+    knn_predictions,
+    weighted_vote,
+)
+from ssl_xcit.knn_evaluation import check_datasets, evaluate_knn
+from ssl_xcit.loader import EvalLoader
+from ssl_xcit.probe import knn_probe
+from ssl_xcit.xcit import build_xcit
+
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+
+
+def clusters(n, classes, d, seed, spread=1.0, dtype=torch.float64):
+    """Features around one random centre per class, overlapping, of very different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(classes, d, generator=torch.Generator().manual_seed(99))
+    labels = torch.randint(classes, (n,), generator=generator)
+    features = centres[labels] + spread * torch.randn(n, d, generator=generator)
+    lengths = 10 ** (4 * torch.rand(n, 1, generator=generator) - 2)
+    return (features.double() * lengths).to(dtype), labels
+
+
+def duplicates(n, distinct, d, classes, seed):
+    """Few distinct vectors, each many times under different labels: ties everywhere."""
+    generator = torch.Generator().manual_seed(seed)
+    vectors = torch.randn(distinct, d, generator=generator)
+    features = vectors[torch.randint(distinct, (n,), generator=generator)]
+    return features, torch.randint(classes, (n,), generator=generator)
+
+
+def sklearn_knn(k, temperature, train, labels):
+    classifier = KNeighborsClassifier(
+        n_neighbors=k,
+        metric="cosine",
+        algorithm="brute",
+        weights=lambda distances: np.exp((1 - distances) / temperature),
+    )
+    return classifier.fit(train.double().numpy(), labels.numpy())
+
+
+def naive_ranking(similarities, labels, num_classes, k, temperature):
+    """The vote of one test image: a dictionary of scores, sorted."""
+    scores = defaultdict(float)
+    for similarity, label in list(zip(similarities, labels, strict=True))[:k]:
+        scores[label] += math.exp(similarity / temperature)
+    ranking = sorted(range(num_classes), key=lambda c: (-scores[c], c))
+    return ranking[: min(5, k, len(labels))]
+
+
+def naive_neighbours(train, query, k):
+    """(similarity, index), nearest first, of one query: exact sums, equal vectors tie."""
+
+    def dot(a, b):
+        return math.fsum(x * y for x, y in zip(a, b, strict=True))
+
+    def cosine(a, b):
+        lengths = math.sqrt(dot(a, a) * dot(b, b))
+        return dot(a, b) / lengths if lengths else 0.0
+
+    pairs = [(-cosine(row, query), i) for i, row in enumerate(train)]
+    return [(-s, i) for s, i in sorted(pairs)[:k]]
+
+
+@pytest.mark.parametrize(("classes", "d"), [(2, 3), (7, 16), (100, 24)])
+def test_every_prediction_and_neighbour_equals_scikit_learn_on_clusters(classes, d):
+    train, labels = clusters(600, classes, d, seed=1, spread=1.5)
+    test, _ = clusters(250, classes, d, seed=2, spread=1.5)
+    ks = (1, 2, 5, 20, 200)
+    for temperature in (0.02, 0.07, 1.0):
+        found = knn_predictions(train, labels, test, ks, temperature)
+        for k in ks:
+            oracle = sklearn_knn(k, temperature, train, labels)
+            assert np.array_equal(found[k][:, 0].numpy(), oracle.predict(test.numpy()))
+    similarities, indices = cosine_top_k(train, test, 200)
+    distances, neighbours = oracle.kneighbors(test.numpy())
+    assert np.array_equal(indices.numpy(), neighbours)
+    np.testing.assert_allclose(similarities.numpy(), 1 - distances, rtol=0, atol=1e-9)
+
+
+@pytest.mark.skipif(not FASHION_MNIST.exists(), reason="needs Debian's dataset-fashion-mnist")
+def test_every_prediction_equals_scikit_learn_on_fashion_mnist_pixels():
+    def read(split, count):
+        images = gzip.decompress((FASHION_MNIST / f"{split}-images-idx3-ubyte.gz").read_bytes())
+        labels = gzip.decompress((FASHION_MNIST / f"{split}-labels-idx1-ubyte.gz").read_bytes())
+        images = np.frombuffer(images, np.uint8, count * 784, offset=16).reshape(count, 784)
+        labels = np.frombuffer(labels, np.uint8, count, offset=8).astype(np.int64)
+        return torch.tensor(images), torch.tensor(labels)
+
+    (train, train_labels), (test, test_labels) = read("train", 2000), read("t10k", 500)
+    ks = (1, 5, 20, 200)
+    found = knn_predictions(train, train_labels, test, ks)
+    accuracy = knn_accuracy(train, train_labels, test, test_labels, ks)
+    for k in ks:
+        oracle = sklearn_knn(k, 0.07, train, train_labels)
+        expected = oracle.predict(test.double().numpy())
+        assert np.array_equal(found[k][:, 0].numpy(), expected)
+        assert accuracy[k][0] == pytest.approx(100 * (expected == test_labels.numpy()).mean())
+    assert accuracy[5][0] > 70  # the pixels are those of the labels
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.uint8])
+def test_neighbours_equal_a_sorted_loop_and_ties_go_to_the_earlier_training_image(dtype):
+    train, _ = duplicates(60, 9, 5, 4, seed=3)
+    train = (train * 20).abs().to(dtype)
+    test = torch.cat((train[5:15], train.flip(1)[:10]))
+    similarities, indices = cosine_top_k(train, test, 17)
+    for row, query in enumerate(test.tolist()):
+        expected = naive_neighbours(train.tolist(), query, 17)
+        assert indices[row].tolist() == [i for _, i in expected]
+        assert similarities[row].tolist() == pytest.approx([s for s, _ in expected], abs=1e-9)
+
+
+def test_any_block_size_gives_the_same_bits():
+    train, labels = duplicates(90, 20, 33, 5, seed=4)
+    test, _ = duplicates(20, 20, 33, 5, seed=5)
+    expected = cosine_top_k(train, test, 20)
+    for chunk in (1, 3, 64, 1000):
+        found = cosine_top_k(train, test, 20, chunk)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        neighbours = labels[found[1]]
+        votes = weighted_vote(found[0], neighbours, 5, 20, 0.07)
+        assert torch.equal(votes, knn_predictions(train, labels, test, [20])[20])
+
+
+def test_the_length_of_a_feature_does_not_matter_and_a_zero_is_similar_to_nothing():
+    train, _ = clusters(50, 3, 8, seed=6)
+    test, _ = clusters(20, 3, 8, seed=7)
+    expected = cosine_top_k(train, test, 10)
+    scaled = cosine_top_k(train * torch.logspace(-3, 3, 50)[:, None], test * 7, 10)
+    assert all(torch.equal(a, b) for a, b in zip(scaled, expected, strict=True))
+    similarities, indices = cosine_top_k(train, torch.zeros(1, 8), 3)
+    assert similarities.tolist() == [[0, 0, 0]]
+    assert indices.tolist() == [[0, 1, 2]]
+
+
+def test_no_tensor_of_the_search_and_the_vote_outgrows_its_block(monkeypatch):
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **kwargs or {})
+            if isinstance(result, torch.Tensor) and not result._is_view():
+                self.elements = max(self.elements, result.numel())
+            return result
+
+    train, labels = clusters(300, 60, 3, seed=8)
+    test, _ = clusters(250, 60, 3, seed=9)
+    expected = knn_predictions(train, labels, test, [4])[4]
+    monkeypatch.setattr(knn, "BLOCK_ELEMENTS", 1024)
+    with Largest() as largest:
+        found = knn_predictions(train, labels, test, [4])[4]
+    assert torch.equal(found, expected)
+    # all pairs are 75,000, all class scores 15,000; neighbours and predictions 1,000 and 1,250
+    assert largest.elements <= 1250
+
+
+def test_wide_features_get_narrow_blocks(monkeypatch):
+    sizes = []
+    nearest = knn._nearest
+
+    def spy(train, queries, k, chunk):
+        sizes.append(chunk)
+        return nearest(train, queries, k, chunk)
+
+    monkeypatch.setattr(knn, "_nearest", spy)
+    monkeypatch.setattr(knn, "BLOCK_ELEMENTS", 400)
+    for d, expected in ((5, 20), (100, 4), (1000, 1)):
+        cosine_top_k(torch.rand(30, d), torch.rand(3, d), 2)
+        assert sizes.pop() == expected
+
+
+@pytest.mark.parametrize("num_classes", [1, 2, 4, 30])
+@pytest.mark.parametrize("temperature", [0.03, 0.07, 0.5])
+def test_the_vote_equals_a_naive_loop_at_every_rank(num_classes, temperature):
+    generator = torch.Generator().manual_seed(10)
+    similarities = torch.rand(40, 25, generator=generator, dtype=torch.float64) * 2 - 1
+    similarities = similarities.sort(dim=1, descending=True).values
+    labels = torch.randint(num_classes, (40, 25), generator=generator)
+    for k in (1, 3, 5, 10, 25, 100):
+        found = weighted_vote(similarities, labels, num_classes, k, temperature)
+        for row, ranking in enumerate(found.tolist()):
+            assert ranking == naive_ranking(
+                similarities[row].tolist(), labels[row].tolist(), num_classes, k, temperature
+            )
+
+
+def test_few_near_neighbours_outvote_many_far_ones_only_at_a_low_temperature():
+    similarities = torch.tensor([[0.9, 0.7, 0.7, 0.7]])
+    labels = torch.tensor([[1, 0, 0, 0]])
+    assert weighted_vote(similarities, labels, 2, 4, 0.07).tolist() == [[1, 0]]
+    assert weighted_vote(similarities, labels, 2, 4, 1.0).tolist() == [[0, 1]]
+    assert weighted_vote(similarities, labels, 2, 1, 1.0).tolist() == [[1]]
+
+
+def test_equal_scores_rank_by_class_number_also_among_classes_without_votes():
+    similarities = torch.full((1, 6), 0.25)
+    labels = torch.tensor([[6, 3, 6, 3, 5, 5]])
+    assert weighted_vote(similarities, labels, 8, 6, 0.07).tolist() == [[3, 5, 6, 0, 1]]
+
+
+def test_a_tiny_temperature_neither_overflows_nor_loses_the_nearest():
+    train, labels = clusters(100, 5, 4, seed=11)
+    test, _ = clusters(30, 5, 4, seed=12)
+    found = knn_predictions(train, labels, test, [1, 50], 1e-5)  # exp(1e5) is infinite
+    assert torch.equal(found[50][:, 0], found[1][:, 0])
+
+
+def naive_accuracy(train, train_labels, test, test_labels, k, temperature):
+    classes = sorted(set(train_labels.tolist()))
+    hits = [0, 0]
+    for query, label in zip(test.tolist(), test_labels.tolist(), strict=True):
+        neighbours = naive_neighbours(train.tolist(), query, k)
+        voters = [classes.index(train_labels[i]) for _, i in neighbours]
+        similarities = [s for s, _ in neighbours]
+        ranking = naive_ranking(similarities, voters, len(classes), k, temperature)
+        ranking = [classes[c] for c in ranking]
+        hits[0] += ranking[0] == label
+        hits[1] += label in ranking
+    return tuple(100 * h / len(test) for h in hits)
+
+
+@pytest.mark.parametrize("n", [1, 3, 7, 80])
+@pytest.mark.parametrize("m", [1, 7])
+def test_accuracy_equals_a_naive_loop_for_any_number_of_images_and_k(n, m):
+    train, train_labels = clusters(n, 12, 4, seed=13, spread=2, dtype=torch.float32)
+    test, test_labels = clusters(m, 12, 4, seed=14, spread=2, dtype=torch.float32)
+    ks = (1, 4, 20, 200)
+    found = knn_accuracy(train, train_labels, test, test_labels, ks, 0.07)
+    assert tuple(found) == ks
+    for k in ks:
+        expected = naive_accuracy(train, train_labels, test, test_labels, k, 0.07)
+        assert found[k] == pytest.approx(expected)
+
+
+def test_a_k_beyond_the_training_set_is_the_whole_training_set():
+    train, train_labels = clusters(30, 3, 4, seed=15)
+    test, test_labels = clusters(50, 3, 4, seed=16)
+    found = knn_accuracy(train, train_labels, test, test_labels, (30, 31, 1000))
+    assert found[30] == found[31] == found[1000]
+
+
+def test_a_single_class_is_always_right():
+    features, _ = clusters(9, 1, 4, seed=17)
+    labels = torch.full((9,), 3)
+    found = knn_accuracy(features, labels, features, labels, (1, 20))
+    assert found == {1: (100.0, 100.0), 20: (100.0, 100.0)}
+
+
+def test_class_numbers_may_be_anything_and_an_unseen_one_is_wrong():
+    train, train_labels = clusters(80, 4, 6, seed=18)
+    test, test_labels = clusters(40, 4, 6, seed=19)
+    names = torch.tensor([-5, 0, 3, 10**15])  # a table indexed by label would not fit
+    plain = knn_accuracy(train, train_labels, test, test_labels, (5,))
+    assert knn_accuracy(train, names[train_labels], test, names[test_labels], (5,)) == plain
+    unseen = torch.full_like(test_labels, 4)
+    assert knn_accuracy(train, train_labels, test, unseen, (5,)) == {5: (0.0, 0.0)}
+
+
+def test_one_search_serves_every_k(monkeypatch):
+    train, train_labels = clusters(120, 6, 5, seed=20)
+    test, test_labels = clusters(60, 6, 5, seed=21)
+    alone = [knn_accuracy(train, train_labels, test, test_labels, (k,))[k] for k in (100, 3, 17)]
+    searches = []
+
+    def counted(*arguments):
+        searches.append(arguments)
+        return cosine_top_k(*arguments)
+
+    monkeypatch.setattr(knn, "cosine_top_k", counted)
+    together = knn_accuracy(train, train_labels, test, test_labels, (100, 3, 17))
+    assert list(together.values()) == alone
+    assert len(set(alone)) > 1
+    assert len(searches) == 1
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("which", ["training", "test"])
+def test_features_that_are_not_finite_are_refused(bad, which):
+    train, labels = clusters(10, 2, 3, seed=22)
+    test = train.clone()
+    (train if which == "training" else test)[4, 1] = bad
+    with pytest.raises(UserError, match=f"the {which} features contain NaN"):
+        knn_accuracy(train, labels, test, labels, (1,))
+
+
+def test_k_below_one_is_refused():
+    features, labels = clusters(10, 2, 3, seed=23)
+    with pytest.raises(UserError, match="at least 1, got 0"):
+        knn_accuracy(features, labels, features, labels, (10, 0))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_the_gpu_gives_the_same_predictions():
+    train, labels = duplicates(3000, 500, 64, 20, seed=24)
+    test, _ = duplicates(1000, 500, 64, 20, seed=25)
+    expected = knn_predictions(train, labels, test, (1, 20, 200))
+    found = knn_predictions(train.cuda(), labels.cuda(), test.cuda(), (1, 20, 200))
+    for k in expected:
+        assert torch.equal(found[k].cpu(), expected[k])
+
+
+ARCH = "xcit_nano_12_p16"
+
+
+def knn_config(betons, **options):
+    view = {"resize": 32, "crop": 32, "num_workers": 1, "device": "cpu"}
+    return KnnConfig(train=betons[0], test=betons[1], **view, **options)
+
+
+def write_images(folder, counts, seed, mode="RGB", **options):
+    """A .beton of 32 x 32 images, `counts[name]` in class `name`: noise on a colour per class."""
+    random = np.random.default_rng(seed)
+    for name, count in counts.items():
+        (folder / name).mkdir(parents=True)
+        colour = 60 + 40 * (ord(name[0]) % 4)
+        for i in range(count):
+            pixels = np.clip(random.normal(colour, 60, (32, 32, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).convert(mode).save(folder / name / f"{i}.png")
+    path = folder.with_suffix(".beton")
+    write_beton(folder, path, progress=False, **options)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def betons(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("knn")
+    train = write_images(folder / "train", {"a": 20, "b": 15, "c": 5}, seed=1)
+    return train, write_images(folder / "test", {"a": 20, "b": 20, "c": 10}, seed=2)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder whose student and teacher differ, and whose crops had their own statistics."""
+    folder = tmp_path_factory.mktemp("runs") / "a"
+    states = {}
+    for seed, role in enumerate(("student", "teacher")):
+        torch.manual_seed(seed)
+        backbone = build_xcit(ARCH, num_classes=0)
+        states[role] = {f"backbone.{key}": value for key, value in backbone.state_dict().items()}
+        states[role]["head.mlp.0.weight"] = torch.zeros(3)
+    save_checkpoint(folder / "checkpoints", 12, states, {"arch": ARCH})
+    crops = Crops(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    save_config(
+        TrainConfig(arch=ARCH, data="x.beton", out=str(folder), crops=crops), folder / "config.yaml"
+    )
+    return folder
+
+
+def expected_accuracy(seed, betons, which, ks, mean, std):
+    """From the model and the images, by scikit-learn."""
+    torch.manual_seed(seed)
+    model = build_xcit(ARCH, num_classes=0).double().eval()
+    sets = []
+    for path in betons:
+        loader = EvalLoader(path, EvalView(32, 32), 64, num_threads=1)
+        ((images, labels, _),) = loader
+        images = (images.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(
+            std
+        ).view(3, 1, 1)
+        with torch.no_grad():
+            cls, patches = model.forward_features(images)
+        patch = patches.mean(dim=1)
+        kinds = {"cls": cls, "patch": patch, "cls+patch": torch.cat((cls, patch), dim=1)}
+        sets.append((kinds[which], labels))
+    (train, train_labels), (test, test_labels) = sets
+    return {
+        str(k): 100 * sklearn_knn(k, 0.07, train, train_labels).score(test, test_labels) for k in ks
+    }
+
+
+@pytest.mark.parametrize("which", ["cls", "patch", "cls+patch"])
+@pytest.mark.parametrize(("role", "seed"), [("student", 0), ("teacher", 1)])
+def test_a_run_folder_is_evaluated_with_its_own_weights_and_statistics(
+    betons, run, which, role, seed
+):
+    ks = (1, 3, 5, 9, 15, 40)
+    config = knn_config(betons, checkpoint=str(run), role=role, features=which, k=ks)
+    result = evaluate_knn(config)
+    expected = expected_accuracy(seed, betons, which, ks, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    assert result["top1"] == pytest.approx(expected)
+    assert (result["source"], result["role"], result["arch"]) == ("checkpoint", role, ARCH)
+    assert result["step"] == 12
+    assert result["checkpoint"] == str(run / "checkpoints" / "step_00000012")
+    assert result["transform"]["mean"] == (0.1, 0.2, 0.3)
+
+
+def test_the_result_is_printed_and_stored_with_all_that_decided_it(betons, run, capsys, tmp_path):
+    out = tmp_path / "new" / "result.json"
+    seven = write_images(tmp_path / "seven", {"a": 3, "b": 2, "c": 2}, seed=2)
+    betons = (betons[0], seven)
+    config = knn_config(betons, checkpoint=str(run), k=(2, 200), out=str(out))
+    result = evaluate_knn(config)
+    stored = json.loads(out.read_text())
+    assert stored == json.loads(json.dumps(result))
+    assert [path.name for path in out.parent.iterdir()] == ["result.json"]
+    assert stored["train"] == {"path": betons[0], "images": 40, "classes": 3}
+    assert stored["test"] == {"path": betons[1], "images": 7, "classes": 3}
+    assert stored["voters"] == {"2": 2, "200": 40}
+    assert stored["top5"] == {"2": pytest.approx(stored["top5"]["2"]), "200": 100.0}
+    assert stored["features"] == "cls"
+    assert stored["temperature"] == 0.07
+    assert stored["transform"]["interpolation"] == "bicubic"
+    assert stored["versions"]["torch"] == torch.__version__
+    assert min(stored["seconds"].values()) > 0
+    printed = capsys.readouterr().out
+    assert f"features cls: {ARCH}, teacher of {run}" in printed
+    assert "7 test images, 40 training images, 3 classes, temperature 0.07" in printed
+    assert f"     2{result['top1']['2']:>10.2f}{result['top5']['2']:>10.2f}\n" in printed
+    assert "100.00   only 40 training images: all of them vote\n" in printed
+
+
+def test_the_untrained_network_is_that_of_its_seed_and_no_other_draw_changes(betons):
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    results = {}
+    for seed in (0, 1):
+        config = knn_config(betons, arch=ARCH, random_init=True, seed=seed, k=(1, 5))
+        results[seed] = evaluate_knn(config)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert (results[seed]["source"], results[seed]["seed"]) == ("random_init", seed)
+    for seed, result in results.items():
+        imagenet = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+        assert result["transform"]["mean"] == imagenet["mean"]
+        assert result["top1"] == pytest.approx(
+            expected_accuracy(seed, betons, "cls", (1, 5), **imagenet)
+        )
+
+
+def test_pixels_are_compared_as_they_lie_in_the_files(betons):
+    result = evaluate_knn(knn_config(betons, pixels=True, k=(1, 5)))
+    sets = []
+    for path in betons:
+        files = sorted(Path(path).with_suffix("").glob("*/*.png"))
+        pixels = torch.stack([torch.tensor(np.array(Image.open(file))).flatten() for file in files])
+        sets.append((pixels, torch.tensor(["abc".index(file.parent.name) for file in files])))
+    (train, train_labels), (test, test_labels) = sets
+    for k in (1, 5):
+        oracle = sklearn_knn(k, 0.07, train, train_labels)
+        assert result["top1"][str(k)] == pytest.approx(100 * oracle.score(test, test_labels))
+    assert (result["source"], result["features"], result["arch"]) == ("pixels", "pixels", None)
+
+
+def test_the_search_gets_the_views_and_settings_of_the_configuration(betons, monkeypatch):
+    calls = []
+
+    def spy(*arguments):
+        calls.append(arguments)
+        return knn_accuracy(*arguments)
+
+    monkeypatch.setattr(knn_evaluation, "knn_accuracy", spy)
+    config = knn_config(betons, pixels=True, k=(3, 4), temperature=0.5, batch_size=16)
+    config = dataclasses.replace(config, resize=27, crop=20, interpolation="bilinear")
+    evaluate_knn(config)
+    ((train, train_labels, test, test_labels, ks, temperature),) = calls
+    assert (ks, temperature) == ((3, 4), 0.5)
+    for path, features, labels in zip(
+        betons, (train, test), (train_labels, test_labels), strict=True
+    ):
+        ((images, expected, _),) = EvalLoader(path, EvalView(27, 20, "bilinear"), 99, num_threads=1)
+        assert torch.equal(features, images.flatten(1))
+        assert torch.equal(labels, expected)
+
+
+def test_files_whose_labels_do_not_fit_are_refused_by_name(betons, tmp_path):
+    train, test = betons
+    cases = {
+        "unlabelled": ({"a": 2, "b": 1}, {"labels": False}, "has no labels"),
+        "fewer": ({"a": 2, "b": 1}, {}, "other classes .* different: c"),
+        "others": ({"a": 1, "b": 1, "d": 1}, {}, "different: c, d"),
+    }
+    for name, (counts, options, message) in cases.items():
+        path = write_images(tmp_path / name, counts, 3, **options)
+        for pair in ((train, path), (path, test)):
+            with pytest.raises(UserError, match=message) as error:
+                evaluate_knn(knn_config(pair, pixels=True))
+            assert path in str(error.value)
+
+
+def test_classes_without_training_images_are_refused_where_names_are_unknown(betons):
+    few, many = (Beton(path) for path in betons)
+    few.class_names = many.class_names = None  # as in a file of stock ffcv
+    few.labels, many.labels = np.array([0, 2, 2]), np.array([0, 1, 2, 3])
+    check_datasets(many, few)
+    with pytest.raises(UserError, match=r"test.beton has 2 classes that .*train.beton .* 1, 3"):
+        check_datasets(few, many)
+
+
+def test_a_checkpoint_of_another_architecture_or_channel_count_is_refused(betons, run, tmp_path):
+    with pytest.raises(UserError, match="is a xcit_nano_12_p16, not a xcit_nano_12_p8"):
+        evaluate_knn(knn_config(betons, checkpoint=str(run), arch="xcit_nano_12_p8"))
+    gray = [
+        write_images(tmp_path / name, {"a": 2, "b": 2}, 4, mode="L", channels=1)
+        for name in ("train", "test")
+    ]
+    with pytest.raises(UserError, match=r"takes images of 3 channels, .*train.beton has 1"):
+        evaluate_knn(knn_config(gray, checkpoint=str(run)))
+
+
+def test_a_checkpoint_with_missing_and_unknown_keys_is_refused(betons, tmp_path):
+    state = build_xcit(ARCH, num_classes=0).state_dict()
+    state["pos_embed.weight"] = state.pop("pos_embeder.token_projection.weight")
+    torch.save(state, tmp_path / "foreign.pth")
+    config = knn_config(betons, checkpoint=str(tmp_path / "foreign.pth"))
+    with pytest.raises(UserError, match=r"foreign.pth .* 2 differ: pos_embed.weight, pos_embeder"):
+        evaluate_knn(config)
+
+
+def test_a_result_that_cannot_be_written_is_still_printed(betons, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    config = knn_config(betons, pixels=True, k=(1,), out=str(tmp_path / "file" / "x.json"))
+    with pytest.raises(UserError, match=r"cannot write .*x.json: .*choose another --out"):
+        evaluate_knn(config)
+    assert "top-1" in capsys.readouterr().out
+
+
+def test_a_probe_equals_the_evaluation_and_leaves_the_model_as_it_was(betons):
+    torch.manual_seed(3)
+    model = build_xcit(ARCH, num_classes=0, drop_path_rate=0.5).train()
+    model.blocks[0].local_mp.bn.eval()
+    before, draws = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    modes = [module.training for module in model.modules()]
+    loaders = [EvalLoader(path, EvalView(32, 32), 16, num_threads=1) for path in betons]
+    found = knn_probe(model, *loaders, ("patch", "cls"), 5, torch.device("cpu"), "fp32")
+    imagenet = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    for kind, top1 in found.items():
+        assert top1 == pytest.approx(expected_accuracy(3, betons, kind, (5,), **imagenet)["5"])
+    assert list(found) == ["patch", "cls"]
+    assert [module.training for module in model.modules()] == modes
+    torch.set_rng_state(draws)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
