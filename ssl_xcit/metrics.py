@@ -1,0 +1,129 @@
+"""What a run writes while it trains: metrics.jsonl, running means, and one line of progress."""
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+
+class MetricsWriter:
+    """Appends one flat JSON object per line to `path`; every step stands in it once.
+
+    Rows at or beyond `first_step` are leftovers of an attempt that died after its last checkpoint
+    (or a line it did not finish): they are dropped, because those steps are about to be repeated.
+    """
+
+    def __init__(self, path: Path, first_step: int = 0) -> None:
+        self.path = path
+        if path.exists():
+            kept = [row for row in read_metrics(path) if row["step"] < first_step]
+            temporary = path.with_suffix(".tmp")
+            with temporary.open("w") as file:
+                file.writelines(_line(row) for row in kept)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        self._file = path.open("a")
+
+    def write(self, row: dict) -> None:
+        """Append `row`, visible to readers at once."""
+        self._file.write(_line(row))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl; a last line cut by a kill is left out."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def _line(row: dict) -> str:
+    # NaN is not JSON; a reader in another language must not stumble over a diverged run
+    clean = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in row.items()
+    }
+    return json.dumps(clean) + "\n"
+
+
+class RunningMeans:
+    """Means over the steps since the last log, kept on the device: adding never waits for it."""
+
+    def __init__(self, names: tuple[str, ...], device: torch.device) -> None:
+        self.names = names
+        self.sums = torch.zeros(len(names) + 1, device=device)  # the last one counts
+
+    def add(self, *values: Float[Tensor, ""]) -> None:
+        """Add one step's values, in the order of `names`."""
+        self.sums[:-1] += torch.stack([value.detach().float() for value in values])
+        self.sums[-1] += 1
+
+    def means(self) -> Float[Tensor, " names"]:
+        """The means so far, still on the device."""
+        return self.sums[:-1] / self.sums[-1]
+
+    def reset(self) -> None:
+        """Start a new interval."""
+        self.sums.zero_()
+
+
+class Progress:
+    """One line per logged step; on a terminal a live bar beneath the lines."""
+
+    def __init__(self, epochs: int, steps_per_epoch: int, first_step: int, quiet: bool) -> None:
+        self.epochs, self.steps_per_epoch = epochs, steps_per_epoch
+        self.total = epochs * steps_per_epoch
+        self.quiet = quiet
+        self.start, self.first_step = time.monotonic(), first_step
+        terminal = sys.stderr.isatty() and not quiet
+        self.bar = tqdm(total=self.total, initial=first_step, unit="step", disable=not terminal)
+
+    def advance(self) -> None:
+        """One step is done."""
+        self.bar.update()
+
+    def log(self, row: dict) -> None:
+        """Print epoch, step, loss, images per second, data wait and the time left in the run."""
+        done = row["step"] + 1
+        left = (time.monotonic() - self.start) / (done - self.first_step) * (self.total - done)
+        self.say(
+            f"epoch {row['epoch'] + 1}/{self.epochs}  step {done}/{self.total}  "
+            f"loss {row['train/loss']:.4f}  lr {row['schedule/lr']:.2e}  "
+            f"{row['speed/images_per_sec']:.0f} images/s  "
+            f"data wait {100 * row['speed/data_wait']:.0f} %  ETA {clock(left)}"
+            + "".join(f"  {key[6:]} {row[key]:.2f}" for key in row if key.startswith("probe/"))
+        )
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        if not self.quiet:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """Remove the bar."""
+        self.bar.close()
+
+
+def clock(seconds: float) -> str:
+    """`seconds` as h:mm:ss, with days in front when there are any."""
+    days, rest = divmod(round(seconds), 86_400)
+    hours, rest = divmod(rest, 3_600)
+    text = f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+    return f"{days} d {text}" if days else text

@@ -1,0 +1,358 @@
+"""Pretraining as a whole: the step against a naive one, resuming, repeating, ranks, refusals."""
+
+import copy
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ssl_xcit import checkpoint, distributed, train
+from ssl_xcit.config import TrainConfig, load_config
+from ssl_xcit.errors import UserError
+from ssl_xcit.metrics import read_metrics
+from ssl_xcit.run import build
+
+ROOT = Path(__file__).parents[1]
+SMALL = {  # an xcit_nano_12_p16 on crops of 32 pixels, in float32: 0.2 s a step
+    "arch": "xcit_nano_12_p16",
+    "global_crops_size": 32,
+    "local_crops_number": 2,
+    "local_crops_size": 16,
+    "out_dim": 32,
+    "head_hidden_dim": 32,
+    "head_bottleneck_dim": 16,
+    "batch_size_per_gpu": 12,
+    "epochs": 3,
+    "warmup_epochs": 1,
+    "freeze_last_layer": 1,
+    "teacher_temp": 0.06,
+    "warmup_teacher_temp_epochs": 2,
+    "precision": "fp32",
+    "device": "cpu",
+    "num_workers": 2,
+    "log_every": 1,
+}
+
+
+def flags(photos: Path, out: Path, **changes) -> list[str]:
+    settings = SMALL | {"data": photos, "out": out} | changes
+    return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+
+
+def config(photos: Path, out: Path, **changes) -> TrainConfig:
+    return load_config(TrainConfig, argv=flags(photos, out, **changes))
+
+
+def command(*arguments: str, ranks: int = 0, **options) -> subprocess.CompletedProcess:
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
+    start = [sys.executable, *(launcher if ranks else [])]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    options |= {"capture_output": True, "text": True, "env": environment}
+    return subprocess.run([*start, *arguments], check=False, **options)
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the newest checkpoint but the log's running means."""
+    found, _ = checkpoint.load_latest(out / "checkpoints")
+    return {
+        f"{group}/{key}": tensor
+        for group, state in found.tensors.items()
+        for key, tensor in state.items()
+        if group != "meters"
+    }
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    different = [key for key in a if not torch.equal(a[key], b[key])]
+    assert different == []
+
+
+def scientific(rows: list[dict]) -> list[dict]:
+    """The rows without what may differ from run to run."""
+    return [
+        {key: value for key, value in row.items() if key.split("/")[0] not in ("speed", "memory")}
+        for row in rows
+    ]
+
+
+def build_student(photos: Path, out: Path, **changes) -> dict[str, torch.Tensor]:
+    """The student's state at the start."""
+    run = build(config(photos, out, **changes), distributed.setup("cpu"))
+    return run.bare_student.state_dict()
+
+
+@pytest.fixture(scope="module")
+def finished(photos, tmp_path_factory) -> Path:
+    """The folder of an uninterrupted run."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    train.train(config(photos, out))
+    return out
+
+
+def test_a_step_is_that_of_the_equations(photos, tmp_path):
+    """One SGD step with clipping, written out view by view and tensor by tensor."""
+    settings = config(
+        photos, tmp_path, optimizer="sgd", drop_path_rate=0, clip_grad=0.05, warmup_epochs=0,
+        freeze_last_layer=0, momentum_teacher=0.9, lr=1.0,
+    )  # fmt: skip
+    run = build(settings, distributed.setup("cpu"))
+    run.loader.set_epoch(0, 0)
+    global_crops, local_crops, indices = next(iter(run.loader))
+    student = copy.deepcopy(run.bare_student).double().train()
+    teacher = copy.deepcopy(run.teacher).double().train()
+    # A centre of 0 would hide its sign and the moment of its update.
+    run.dino_loss.center.uniform_(-0.1, 0.1)
+    center = run.dino_loss.center.clone().double()
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    teacher_before = {name: p.detach().clone() for name, p in teacher.named_parameters()}
+
+    batch = (global_crops.clone(), local_crops.clone(), indices.clone())
+    train.train_step(run, iter([batch]), 0)
+
+    crops = [batch[0].double(), batch[1].double()]
+    n = len(batch[2])
+    with torch.no_grad():
+        t = teacher.head(teacher.backbone(crops[0].flatten(0, 1))).view(2, n, -1)
+    s = [student.backbone(crop.flatten(0, 1)) for crop in crops]
+    s = student.head(torch.cat(s)).view(4, n, -1)
+    terms = []
+    for i in range(2):
+        for v in range(4):
+            if v == i:
+                continue
+            q = torch.softmax((t[i] - center) / 0.04, dim=-1)  # first epoch of the warm-up
+            terms.append(-(q * F.log_softmax(s[v] / 0.1, dim=-1)).sum(-1).mean())
+    assert len(terms) == 6
+    loss = sum(terms) / 6
+    loss.backward()
+    assert run.meters.means()[0].item() == pytest.approx(loss.item(), rel=1e-5)
+    lr, momentum, clipped = 1.0 * 12 / 256, 0.9, 0
+    for name, parameter in student.named_parameters():
+        ours = run.bare_student.get_parameter(name).double()
+        if not parameter.requires_grad:
+            assert torch.equal(ours, before[name])
+            continue
+        gradient = parameter.grad
+        length = gradient.norm()
+        if length > 0.05:
+            gradient, clipped = gradient * (0.05 / length), clipped + 1
+        decay = 0.0 if name.endswith(".bias") or parameter.ndim == 1 else 0.04
+        expected = before[name] - lr * (gradient + decay * before[name])
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=2e-6, msg=name)
+        moved = momentum * teacher_before[name] + (1 - momentum) * expected
+        theirs = run.teacher.get_parameter(name).double()
+        torch.testing.assert_close(theirs, moved, rtol=1e-4, atol=2e-6, msg=name)
+    assert 0 < clipped < len(before)  # the bound lies within the gradients' norms
+    expected = 0.9 * center + 0.1 * t.flatten(0, 1).mean(0)
+    torch.testing.assert_close(run.dino_loss.center.double(), expected, rtol=1e-4, atol=1e-6)
+    # The teacher's BatchNorm statistics are those of its own forward pass over the global views.
+    for name, buffer in teacher.named_buffers():
+        torch.testing.assert_close(
+            run.teacher.get_buffer(name).to(buffer.dtype), buffer, rtol=1e-4, atol=1e-6
+        )
+
+
+def test_the_run_folder_tells_what_ran(finished):
+    rows = read_metrics(finished / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(12))
+    assert rows[0]["schedule/lr"] == 0.0
+    assert rows[0]["schedule/teacher_temp"] == 0.04
+    assert rows[4]["schedule/teacher_temp"] == 0.06
+    assert rows[0]["train/loss"] == pytest.approx(math.log(32), rel=0.1)
+    for row in rows:
+        assert row["train/loss"] == pytest.approx(
+            row["health/teacher_entropy"] + row["health/kl"], rel=1e-5
+        )
+    environment = json.loads((finished / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__
+    assert (finished / "config.yaml").exists()
+    assert not list(finished.glob("checkpoints/.*"))
+
+
+def test_the_last_layer_is_frozen_in_its_first_epoch_only(photos, tmp_path):
+    run = build(config(photos, tmp_path, drop_path_rate=0), distributed.setup("cpu"))
+    layer = run.bare_student.head.last_layer.weight_v
+    start = layer.detach().clone()
+    for epoch in range(2):
+        run.loader.set_epoch(epoch, 0)
+        batches = iter(run.loader)
+        for step in range(epoch * 4, epoch * 4 + 4):
+            train.train_step(run, batches, step)
+        assert torch.equal(layer, start) == (epoch == 0)
+    run.loader.close()
+
+
+def test_the_resolved_configuration_repeats_the_run_bit_for_bit(finished, tmp_path):
+    again = tmp_path / "again"
+    result = command(
+        str(ROOT / "main_dino.py"), "--config", str(finished / "config.yaml"), "--out", str(again),
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert_same(weights(finished), weights(again))
+    third = tmp_path / "third"
+    result = command(
+        str(ROOT / "main_dino.py"), "--config", str(again / "config.yaml"), "--out", str(third)
+    )
+    assert result.returncode == 0, result.stderr
+    assert_same(weights(again), weights(third))
+    assert scientific(read_metrics(again / "metrics.jsonl")) == scientific(
+        read_metrics(third / "metrics.jsonl")
+    )
+
+
+def test_kill_9_and_the_same_command_give_the_weights_of_an_undisturbed_run(photos, tmp_path):
+    script = str(ROOT / "main_dino.py")
+    settings = {"epochs": 6, "save_every": 0.001, "keep_last": 2}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    result = command(script, *flags(photos, whole, **settings))
+    assert result.returncode == 0, result.stderr
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    kills = 0
+    for attempt in range(4):
+        process = subprocess.Popen(
+            [sys.executable, script, *flags(photos, broken, **settings)],
+            stdout=subprocess.DEVNULL,
+            env=environment,
+        )
+        seen = len(list(broken.glob("checkpoints/step_*")))
+        deadline = time.monotonic() + 120
+        target = 4 * (attempt + 1) + 1  # in the middle of an epoch
+        while process.poll() is None and time.monotonic() < deadline:
+            newest = max((int(p.name[5:]) for p in broken.glob("checkpoints/step_*")), default=0)
+            if newest >= target:
+                break
+            time.sleep(0.02)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills >= 3, seen
+    result = command(script, *flags(photos, broken, **settings))
+    assert result.returncode == 0, result.stderr
+    assert_same(weights(whole), weights(broken))
+    rows = read_metrics(broken / "metrics.jsonl")
+    assert scientific(rows) == scientific(read_metrics(whole / "metrics.jsonl"))
+    assert [row["step"] for row in rows] == list(range(24))
+
+
+def test_a_finished_run_says_so_and_changes_nothing(photos, finished, capsys):
+    before = (finished / "metrics.jsonl").read_bytes()
+    train.train(config(photos, finished))
+    assert "is finished" in capsys.readouterr().out
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_two_ranks_agree_on_every_parameter_and_equal_two_micro_batches(photos, tmp_path):
+    """Ranks x accumulation is what counts: 2 x 1 and 1 x 2 see the same micro-batches."""
+    two, one = tmp_path / "two", tmp_path / "one"
+    worker = str(ROOT / "tests" / "dump_ranks.py")
+    # SGD, because Adam turns rounding noise in vanishing gradients into steps of the full rate
+    settings = {"batch_size_per_gpu": 6, "drop_path_rate": 0.2, "optimizer": "sgd", "lr": 0.1}
+    result = command(worker, *flags(photos, two, **settings), ranks=2)
+    assert result.returncode == 0, result.stderr
+    ranks = [torch.load(two / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    assert_same(*ranks)
+    train.train(config(photos, one, accumulation_steps=2, **settings))
+    ours, theirs = weights(two), weights(one)
+    start = {f"student/{k}": v for k, v in build_student(photos, tmp_path, **settings).items()}
+    moved = max((ours[key] - start[key]).abs().max() for key in start if "running" not in key)
+    assert moved > 1e-2  # the agreement below is not that of networks that stood still
+    for name in ours:
+        if "running" in name or "num_batches" in name:
+            continue  # one process updates them once per micro-batch, two share one update
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-5)
+    # the folder belongs to the global batch of 12: another split of it may continue
+    shutil.copytree(one, tmp_path / "moved")
+    train.train(config(photos, tmp_path / "moved", **settings | {"batch_size_per_gpu": 12}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"arch": "xcit_small_12_p9"}, ["xcit_small_12_p9", "xcit_small_12_p8"]),
+        ({"data": "nowhere.beton"}, ["nowhere.beton"]),
+        ({"data": "CUT"}, ["cut.beton"]),
+        ({"out": "FILE/run"}, ["run folder", "--out"]),
+        ({"batch_size_per_gpu": 49}, ["48", "49"]),
+        ({"in_chans": 1, "mean": "[0.5]", "std": "[0.5]"}, ["channels", "--in_chans 3"]),
+        ({"probe.every": 1, "probe_train": "no.beton", "probe_test": "no.beton"}, ["no.beton"]),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_status_2(photos, tmp_path, changes, words):
+    (tmp_path / "FILE").write_text("")
+    (tmp_path / "cut.beton").write_bytes(photos.read_bytes()[:-30])
+    if changes.get("data") == "CUT":
+        changes = {"data": tmp_path / "cut.beton"}
+    if "out" in changes:
+        changes = {"out": tmp_path / changes["out"]}
+    result = command(
+        str(ROOT / "main_dino.py"), *flags(photos, **{"out": tmp_path / "run"} | changes),
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 2, result.stderr
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_configuration_in_the_same_folder_is_refused_with_its_keys(photos, finished):
+    with pytest.raises(UserError, match=r"optim\.lr: 0\.0005 -> 0\.001.*another --out"):
+        train.train(config(photos, finished, lr=0.001))
+    with pytest.raises(UserError, match="global batch: 12 -> 24"):
+        train.train(config(photos, finished, accumulation_steps=2))
+    train.train(config(photos, finished, num_workers=1, log_every=7, save_every=3))
+
+
+def test_a_loss_that_is_no_longer_finite_stops_the_run_before_it_is_saved(photos, tmp_path):
+    with pytest.raises(UserError, match="no longer finite"):
+        train.train(config(photos, tmp_path / "run", lr=1e30, warmup_epochs=0))
+    found, skipped = checkpoint.load_latest(tmp_path / "run" / "checkpoints")
+    assert skipped == []
+    assert found is None or all(
+        torch.isfinite(tensor).all()
+        for tensor in found.tensors["student"].values()
+        if tensor.is_floating_point()
+    )
+
+
+def test_running_out_of_memory_names_the_options_to_change(photos, tmp_path):
+    advice = train.out_of_memory_advice(config(photos, tmp_path))
+    with pytest.raises(UserError, match=r"size_per_gpu 12.*--accumulation_steps 1"), advice:
+        torch.empty(2**50)  # the allocator's own refusal
+    with pytest.raises(RuntimeError, match="something else"), advice:
+        raise RuntimeError("something else")
+
+
+def test_the_probe_is_logged_and_leaves_the_training_as_it_was(photos, finished, tmp_path):
+    probed = tmp_path / "probed"
+    train.train(
+        config(
+            photos, probed, **{"probe.every": 1}, probe_train=photos, probe_test=photos,
+            probe_k=1, probe_resize=32, probe_crop=32,
+        )
+    )  # fmt: skip
+    rows = [row for row in read_metrics(probed / "metrics.jsonl") if "probe/top1_cls" in row]
+    assert [row["step"] for row in rows] == [3, 7, 11]
+    # every image is its own nearest neighbour
+    assert rows[0]["probe/top1_cls"] == rows[0]["probe/top1_patch"] == 100.0
+    assert_same(weights(finished), weights(probed))
+
+
+def test_bf16_trains_in_float32_weights(photos, tmp_path):
+    row = train.train(config(photos, tmp_path / "run", precision="bf16", epochs=1))
+    assert math.isfinite(row["train/loss"])
+    assert {t.dtype for t in weights(tmp_path / "run").values()} <= {torch.float32, torch.int64}
