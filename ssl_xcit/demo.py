@@ -1,0 +1,150 @@
+"""The main job end to end on real images: `python -m ssl_xcit.demo [--out runs/demo] [--fresh]`.
+
+Fashion-MNIST -> two .beton files -> DINO pretraining of an xcit_nano_12_p8 -> k-NN -> a picture.
+Every stage is a command of the project, printed before it runs. A stage whose result is already in
+the folder is not repeated, so the second call only prints the table; a killed one continues.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from ssl_xcit.config import CONFIGS, TrainConfig, read_config
+from ssl_xcit.errors import UserError, exit_on_user_error
+from ssl_xcit.metrics import read_metrics
+
+ROOT = CONFIGS.parent
+TRAIN_IMAGES, TEST_IMAGES = 10_000, 2_000
+KINDS = ("cls", "patch")
+VIEW = ["--resize", "32", "--crop", "32", "--k", "[20]"]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run what is missing, then print the table."""
+    parser = argparse.ArgumentParser(prog="python -m ssl_xcit.demo", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="where everything goes")
+    parser.add_argument("--fresh", action="store_true", help="forget the last run, train anew")
+    parser.add_argument("--seed", type=int, default=0, help="of the pretraining")
+    arguments = parser.parse_args(argv)
+    with exit_on_user_error():
+        if arguments.fresh:
+            forget(arguments.out)
+        demo(arguments.out.absolute(), arguments.seed)
+
+
+def forget(out: Path) -> None:
+    """Remove the last run and its results, and nothing else that may lie in the folder."""
+    shutil.rmtree(out / "run", ignore_errors=True)
+    for result in (*out.glob("knn_*.json"), *out.glob("curves*.png")):
+        result.unlink()
+
+
+def demo(out: Path, seed: int = 0) -> None:
+    """Write the data, pretrain, evaluate, draw; skip what is there."""
+    out.mkdir(parents=True, exist_ok=True)
+    train, test, run = out / "fashion_train.beton", out / "fashion_test.beton", out / "run"
+    for split, path, limit in (("train", train, TRAIN_IMAGES), ("test", test, TEST_IMAGES)):
+        if not path.exists():
+            options = ["--split", split, "--limit", str(limit)]
+            _run("-m", "ssl_xcit.beton", "write", "FashionMNIST", str(path), *options)
+    finished = run / "finished"
+    if not finished.exists():
+        probe = ["--probe_train", str(train), "--probe_test", str(test)]
+        options = ["--config", str(CONFIGS / "demo.yaml"), "--data", str(train), "--out", str(run)]
+        _run(str(ROOT / "main_dino.py"), *options, *probe, "--seed", str(seed))
+        finished.touch()
+    rows = {"raw pixels": [_knn(out, train, test, "pixels", "--pixels", "true")] * 2}
+    config = read_config(TrainConfig, run / "config.yaml")
+    start = ("--arch", config.arch, "--random_init", "true", "--seed", str(config.seed))
+    sources = {
+        "untrained network": ("untrained", *start),  # what the pretraining started from
+        "pretrained teacher": ("teacher", "--checkpoint", str(run)),
+    }
+    for label, (name, *source) in sources.items():
+        rows[label] = [
+            _knn(out, train, test, f"{name}_{kind}", *source, "--features", kind) for kind in KINDS
+        ]
+    metrics = read_metrics(run / "metrics.jsonl")
+    picture = out / "curves.png"
+    draw_curves(metrics, rows, config, picture)
+    print(table(rows, metrics))
+    print(f"run folder {run}\npicture    {picture}")
+
+
+def table(rows: dict[str, list[float]], metrics: list[dict]) -> str:
+    """The result as text: k-NN top-1 in percent by source of the features, and the loss."""
+    lines = [
+        f"k-NN top-1 (k = 20) on {TEST_IMAGES:,} test images, {TRAIN_IMAGES:,} training images",
+        f"{'features':<22}{'cls token':>12}{'mean of patches':>18}",
+    ]
+    for label, (cls, patch) in rows.items():
+        if label == "raw pixels":
+            lines.append(f"{label:<22}{cls:>12.1f}{'':>18}")
+        else:
+            lines.append(f"{label:<22}{cls:>12.1f}{patch:>18.1f}")
+    first, last = metrics[0]["train/loss"], metrics[-1]["train/loss"]
+    lines.append(f"loss {first:.2f} -> {last:.2f} in {metrics[-1]['step'] + 1} steps")
+    return "\n" + "\n".join(lines)
+
+
+def draw_curves(
+    metrics: list[dict], rows: dict[str, list[float]], config: TrainConfig, path: Path
+) -> None:
+    """Loss, teacher entropy and k-NN over the steps, as a PNG."""
+    import math
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    log_k = math.log(config.head.out_dim)
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    steps = [row["step"] + 1 for row in metrics]
+    left.plot(steps, [row["train/loss"] for row in metrics])
+    left.axhline(log_k, color="grey", ls=":", label=f"ln {config.head.out_dim:,}: uniform")
+    left.set(title="loss", xlabel="step")
+    left.legend()
+    middle.plot(steps, [row["health/teacher_entropy"] / log_k for row in metrics])
+    middle.set(title="teacher entropy / ln K", xlabel="step", ylim=(0, 1.02))
+    probes = [row for row in metrics if "probe/top1_cls" in row]
+    for kind, label, column in (("patch", "mean of patches", 1), ("cls", "cls token", 0)):
+        values = [row[f"probe/top1_{kind}"] for row in probes]
+        (line,) = right.plot([row["step"] + 1 for row in probes], values, label=label)
+        untrained = rows["untrained network"][column]
+        right.axhline(untrained, color=line.get_color(), ls=":", label=f"{label}, untrained")
+    right.axhline(rows["raw pixels"][0], color="grey", ls="--", label="raw pixels")
+    right.set(title="teacher's k-NN top-1 (%)", xlabel="step")
+    right.legend(fontsize="small")
+    temporary = path.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=120)
+    temporary.replace(path)
+    plt.close(figure)
+
+
+def _knn(out: Path, train: Path, test: Path, name: str, *source: str) -> float:
+    """k-NN top-1 in percent, from the stored result when there is one."""
+    result = out / f"knn_{name}.json"
+    if not result.exists():
+        data = ["--train", str(train), "--test", str(test), "--out", str(result)]
+        _run(str(ROOT / "eval" / "knn.py"), *source, *data, *VIEW)
+    return json.loads(result.read_text())["top1"]["20"]
+
+
+def _run(*arguments: str) -> None:
+    """Print a command, run it, and stop with its exit status if it fails."""
+    print("$ python " + " ".join(arguments), flush=True)
+    status = subprocess.run([sys.executable, *arguments], check=False).returncode
+    if status == 2:
+        raise UserError(
+            "the command above failed; if an older demo is in the way: make demo FRESH=1"
+        )
+    if status:
+        raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""The demo, in miniature: every stage is the real command on real images."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from ssl_xcit import demo
+from ssl_xcit.errors import UserError
+
+DATASET = Path("/usr/share/datasets/fashion-mnist")
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """The demo's recipe, cut to one epoch over 128 images."""
+    recipe = yaml.safe_load((demo.CONFIGS / "demo.yaml").read_text())
+    recipe["optim"]["epochs"] = 1
+    (tmp_path / "demo.yaml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.setattr(demo, "CONFIGS", tmp_path)
+    monkeypatch.setattr(demo, "TRAIN_IMAGES", 128)
+    monkeypatch.setattr(demo, "TEST_IMAGES", 40)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.mark.skipif(not DATASET.exists(), reason="Debian's dataset-fashion-mnist is not installed")
+def test_the_demo_ends_in_a_table_and_a_picture_and_does_nothing_twice(
+    small, tmp_path, capsys, monkeypatch
+):
+    out = tmp_path / "out"
+    demo.demo(out)
+    first = capsys.readouterr().out
+    table = first[first.index("k-NN top-1") :]
+    for words in ("raw pixels", "untrained network", "pretrained teacher", "loss", "run folder"):
+        assert words in table
+    assert Image.open(out / "curves.png").size[0] > 1000
+
+    def refuse(*arguments: str) -> None:
+        raise AssertionError(f"ran {arguments} again")
+
+    monkeypatch.setattr(demo, "_run", refuse)
+    demo.demo(out)
+    assert capsys.readouterr().out.strip() == table.strip()
+
+    (out / "notes.txt").write_text("mine")
+    demo.forget(out)
+    left = {path.name for path in out.iterdir()}
+    assert left == {"fashion_train.beton", "fashion_test.beton", "notes.txt"}
+
+
+def test_a_stage_that_fails_stops_the_demo(tmp_path):
+    with pytest.raises(UserError, match="FRESH=1"):
+        demo._run("-c", "raise SystemExit(2)")
+    with pytest.raises(SystemExit) as stopped:
+        demo._run("-c", "raise SystemExit(130)")
+    assert stopped.value.code == 130
