@@ -3,6 +3,7 @@
     python -m ssl_xcit.beton write SOURCE OUT    # an image folder, or a dataset by its name
     python -m ssl_xcit.beton info FILE
     python -m ssl_xcit.beton verify FILE         # decodes every image
+    python -m ssl_xcit.beton preview FILE --out PNG    # draws what the model sees of it
 
 The format is version 2 of ffcv 1.0.2 (`ffcv/types.py`), little-endian:
 
@@ -328,7 +329,7 @@ def write_beton(
     encoding = Encoding(mode, max_side, short_side, quality, exif, channels, check)
     if limit is not None and limit < 1:
         raise UserError(f"limit must be at least 1, got {limit}")
-    with _new_file(Path(out), overwrite) as file:
+    with new_file(Path(out), overwrite) as file:
         images = open_source(source, labels, split, root)
         chosen = np.arange(images.size)
         if limit is not None:
@@ -478,7 +479,7 @@ class _BetonWriter:
 
 
 @contextmanager
-def _new_file(out: Path, overwrite: bool) -> Iterator[BinaryIO]:
+def new_file(out: Path, overwrite: bool) -> Iterator[BinaryIO]:
     """A file that takes `out`'s place when the block ends well, and vanishes when it does not.
 
     Its name is `out`.tmp; what a killed process left under that name is written over.
@@ -652,6 +653,18 @@ def _verify_command(args: argparse.Namespace) -> None:
     print(f"{args.file}: all {len(Beton(args.file)):,} images are good")
 
 
+def _preview_command(args: argparse.Namespace) -> None:
+    # Here, not above: the preview is built on this module, and the other commands need neither
+    from ssl_xcit.config import read_crops
+    from ssl_xcit.preview import write_preview
+
+    crops = read_crops(args.config) if args.config else None
+    shown, width, height = write_preview(
+        args.file, args.out, crops=crops, images=args.images, seed=args.seed, epoch=args.epoch
+    )
+    print(f"wrote {args.out}: views of {shown:,} images, {width:,} x {height:,} pixels")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m ssl_xcit.beton", description="Images in one file of FFCV's .beton format."
@@ -721,6 +734,19 @@ def _parser() -> argparse.ArgumentParser:
     verify.set_defaults(run=_verify_command)
     verify.add_argument("file")
     verify.add_argument("--workers", type=int, default=0, help="threads (0: one per core)")
+
+    preview = commands.add_parser("preview", help="draw images and the views that training makes")
+    preview.set_defaults(run=_preview_command)
+    preview.add_argument("file")
+    preview.add_argument("--out", required=True, metavar="PNG", help="picture to write or replace")
+    preview.add_argument("--images", type=int, default=8, metavar="N", help="how many (8)")
+    preview.add_argument(
+        "--config",
+        metavar="FILE",
+        help="whose views: a recipe of configs/, or a run's config.yaml (DINO's defaults)",
+    )
+    preview.add_argument("--seed", type=int, default=0, help="of the training shown (0)")
+    preview.add_argument("--epoch", type=int, default=0, help="of the training shown (0)")
     return parser
 
 

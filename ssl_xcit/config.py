@@ -152,6 +152,10 @@ class Crops:
         _check(self, "> 0", "blur_sigma", "std")
         _check_range(self, "global_crops_scale", "local_crops_scale", "blur_sigma")
 
+    def view_arguments(self) -> dict[str, options.Value]:
+        """The arguments of `augment.dino_views`: all but how pixels are normalised."""
+        return {k: v for k, v in options.flat(self).items() if k not in ("mean", "std")}
+
 
 @dataclass(frozen=True)
 class Model:
@@ -476,6 +480,17 @@ def load_config(
     for path in paths:
         given |= options.read_file(cls, path)
     given |= flags
+    values = _over_recipes(cls, files, given)
+    if wants_help:
+        options.print_help(cls, values)
+        raise SystemExit(0)
+    return options.build(cls, values)
+
+
+def _over_recipes(
+    cls: type, files: Sequence[str], given: dict[str, options.Value]
+) -> dict[str, options.Value]:
+    """`given` over the values of `files`, see `load_config`."""
     recipe: dict[str, options.Value] = {}
     for name in files:
         if "{arch}" in name and "arch" in given:
@@ -483,16 +498,22 @@ def load_config(
         elif "{arch}" in name:
             continue  # without --arch there is --help to show or an error to come, no recipe
         recipe |= options.read_file(cls, CONFIGS / name.format_map(given))
-    values = recipe | given
-    if wants_help:
-        options.print_help(cls, values)
-        raise SystemExit(0)
-    return options.build(cls, values)
+    return recipe | given
 
 
 def read_config(cls: type[Config], path: str | Path) -> Config:
     """A `cls` from one file alone over the defaults: no recipe, no flags. Raises UserError."""
     return options.build(cls, options.read_file(cls, Path(path)))
+
+
+def read_crops(path: str | Path) -> Crops:
+    """The views of a training with this --config: a recipe, or a run's config.yaml.
+
+    Nothing else need be in the file. Raises UserError.
+    """
+    values = options.read_file(TrainConfig, Path(path))
+    values = _over_recipes(TrainConfig, ["pretrain/{arch}.yaml"], values)
+    return Crops(**options.nested(values).get("crops", {}))
 
 
 def save_config(config: object, path: str | Path) -> None:

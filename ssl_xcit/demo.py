@@ -102,7 +102,7 @@ def draw_curves(
     import matplotlib.pyplot as plt
 
     log_k = math.log(config.head.out_dim)
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
     steps = [row["step"] + 1 for row in metrics]
     left.plot(steps, [row["train/loss"] for row in metrics])
     left.axhline(log_k, color="grey", ls=":", label=f"ln {config.head.out_dim:,}: uniform")
@@ -111,14 +111,14 @@ def draw_curves(
     middle.plot(steps, [row["health/teacher_entropy"] / log_k for row in metrics])
     middle.set(title="teacher entropy / ln K", xlabel="step", ylim=(0, 1.02))
     probes = [row for row in metrics if "probe/top1_cls" in row]
+    steps = [0] + [row["step"] + 1 for row in probes]
     for kind, label, column in (("patch", "mean of patches", 1), ("cls", "cls token", 0)):
-        values = [row[f"probe/top1_{kind}"] for row in probes]
-        (line,) = right.plot([row["step"] + 1 for row in probes], values, label=label)
         untrained = rows["untrained network"][column]
-        right.axhline(untrained, color=line.get_color(), ls=":", label=f"{label}, untrained")
+        values = [untrained] + [row[f"probe/top1_{kind}"] for row in probes]
+        right.plot(steps, values, marker="o", label=label)
     right.axhline(rows["raw pixels"][0], color="grey", ls="--", label="raw pixels")
-    right.set(title="teacher's k-NN top-1 (%)", xlabel="step")
-    right.legend(fontsize="small")
+    right.set(title="teacher's k-NN top-1 (%); step 0: untrained", xlabel="step")
+    right.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
     temporary = path.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=120)
     temporary.replace(path)

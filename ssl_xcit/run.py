@@ -78,25 +78,7 @@ def build(config: TrainConfig, ranks: Distributed) -> Run:
         in_chans=config.model.in_chans,
         drop_path_rate=config.model.drop_path_rate,
     )
-    views = dino_views(
-        global_crops_size=crops.global_crops_size,
-        global_crops_scale=crops.global_crops_scale,
-        local_crops_number=crops.local_crops_number,
-        local_crops_size=crops.local_crops_size,
-        local_crops_scale=crops.local_crops_scale,
-        color_jitter_prob=crops.color_jitter_prob,
-        brightness=crops.brightness,
-        contrast=crops.contrast,
-        saturation=crops.saturation,
-        hue=crops.hue,
-        grayscale_prob=crops.grayscale_prob,
-        global1_blur_prob=crops.global1_blur_prob,
-        global2_blur_prob=crops.global2_blur_prob,
-        local_blur_prob=crops.local_blur_prob,
-        blur_sigma=crops.blur_sigma,
-        solarize_prob=crops.solarize_prob,
-        interpolation=crops.interpolation,
-    )
+    views = dino_views(**crops.view_arguments())
     beton = Beton(config.data)
     if beton.channels != config.model.in_chans:
         raise UserError(
