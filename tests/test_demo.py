@@ -34,7 +34,8 @@ def test_the_demo_ends_in_a_table_and_a_picture_and_does_nothing_twice(
     table = first[first.index("k-NN top-1") :]
     for words in ("raw pixels", "untrained network", "pretrained teacher", "loss", "run folder"):
         assert words in table
-    assert Image.open(out / "curves.png").size[0] > 1000
+    with Image.open(out / "curves.png") as picture:
+        assert picture.width > 1000
 
     def refuse(*arguments: str) -> None:
         raise AssertionError(f"ran {arguments} again")
