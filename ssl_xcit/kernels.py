@@ -591,9 +591,12 @@ def adjust_contrast(image, channels, factor):
     n = image.size // channels
     total = 0
     if channels == 3:
-        r, g, b = image[:n], image[n : 2 * n], image[2 * n :]
-        for q in range(n):
-            total += luma(r[q], g[q], b[q])
+        for start in range(0, n, 1 << 16):  # few enough values for sums of 32 bits
+            r, g, b = image[start:n], image[n + start : 2 * n], image[2 * n + start :]
+            part = np.int32(0)
+            for q in range(min(r.size, 1 << 16)):
+                part = add32(part, luma(r[q], g[q], b[q]))
+            total += part
     else:
         for q in range(image.size):
             total += image[q]
@@ -658,20 +661,17 @@ def adjust_hue(image, shift):
         hue = np.floor(hue * F32(255)) + shift
         hue = hue - F32(256) if hue >= F32(256) else hue
         saturation = np.floor(F32(255) * span / max(high, F32(1)))
-        reds[q] = hsv_channel(hue, saturation, high, F32(5))
-        greens[q] = hsv_channel(hue, saturation, high, F32(3))
-        blues[q] = hsv_channel(hue, saturation, high, F32(1))
+        # The three channels are v (1 - s w), w = 0 to 1 by the distance of 6 hues from 3, 2 and 4
+        turn = F32(6) * hue
+        reds[q] = hsv_channel(F32(510) - abs(turn - F32(765)), saturation, high)
+        greens[q] = hsv_channel(abs(turn - F32(510)) - F32(255), saturation, high)
+        blues[q] = hsv_channel(abs(turn - F32(1020)) - F32(255), saturation, high)
 
 
 @kernel
-def hsv_channel(hue, saturation, value, offset):
-    """Red (offset 5), green (3) or blue (1) of an 8-bit HSV colour: integers, exact in float32.
-
-    v - v s max(0, min(k, 4 - k, 1)) with k = (offset + 6 hue) mod 6, for h, s and v from 0 to 1.
-    """
-    k = F32(6) * hue + F32(255) * offset
-    k = k - F32(1530) if k >= F32(1530) else k
-    weight = min(max(min(k, F32(1020) - k), F32(0)), F32(255))
+def hsv_channel(weight, saturation, value):
+    """value (1 - saturation * weight), each of the three in 1/255: exact in float32 but rounded."""
+    weight = min(max(weight, F32(0)), F32(255))
     return np.uint8(
         np.int32(value * (F32(65025) - saturation * weight) * F32(1 / 65025) + F32(0.5))
     )
