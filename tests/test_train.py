@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import photo_tiles
 
 from ssl_xcit import checkpoint, distributed, train
+from ssl_xcit.beton import write_beton
 from ssl_xcit.config import TrainConfig, load_config
 from ssl_xcit.errors import UserError
 from ssl_xcit.metrics import read_metrics
@@ -349,6 +351,15 @@ def test_the_probe_is_logged_and_leaves_the_training_as_it_was(photos, finished,
     # every image is its own nearest neighbour
     assert rows[0]["probe/top1_cls"] == rows[0]["probe/top1_patch"] == 100.0
     assert_same(weights(finished), weights(probed))
+
+
+def test_a_probe_without_labels_is_refused_before_anything_is_written(photos, tmp_path):
+    unlabelled = tmp_path / "unlabelled.beton"
+    write_beton(photo_tiles(tmp_path / "tiles", 2), unlabelled, labels=False, progress=False)
+    probe = {"probe.every": 1, "probe_train": photos, "probe_test": unlabelled}
+    with pytest.raises(UserError, match=r"unlabelled\.beton has no labels"):
+        train.train(config(photos, tmp_path / "run", **probe))
+    assert not (tmp_path / "run").exists()
 
 
 def test_bf16_trains_in_float32_weights(photos, tmp_path):
