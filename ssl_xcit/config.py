@@ -286,9 +286,9 @@ class Probe:
     every: int = 0
     """Epochs between two probes; 0 = none."""
     probe_train: str = ""
-    """.beton with labels whose images vote."""
+    """Labelled images that vote: a .beton or a folder of class folders."""
     probe_test: str = ""
-    """.beton with labels whose images are classified."""
+    """Labelled images that are classified: a .beton or a folder of class folders."""
     probe_k: int = 20
     """Neighbours that vote."""
     probe_resize: int = 256
@@ -393,9 +393,9 @@ class KnnConfig:
     """Classify images by the k nearest neighbours of their frozen features."""
 
     train: str
-    """.beton with labels whose images vote."""
+    """Labelled images that vote: a .beton, or a folder of class folders (read by Pillow)."""
     test: str
-    """.beton with labels whose images are classified."""
+    """Labelled images that are classified: a .beton, or a folder of class folders."""
     checkpoint: str = ""
     """Run folder or checkpoint whose backbone makes the features."""
     arch: str = ""

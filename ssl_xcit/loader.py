@@ -73,6 +73,19 @@ def epoch_order(seed: int, epoch: int, num_samples: int) -> Int64[np.ndarray, "n
     return np.argsort(kernels.mix64_array(keys ^ kernels.ORDER_STREAM), kind="stable")
 
 
+def rank_indices(num_samples: int, rank: int, world_size: int) -> Int64[np.ndarray, "n"]:
+    """An evaluation's images of a rank: the rank-th of world_size contiguous parts."""
+    first, end = num_samples * rank // world_size, num_samples * (rank + 1) // world_size
+    return np.arange(first, end)
+
+
+def labels_at(
+    labels: Int64[np.ndarray, "m"] | None, indices: Int64[np.ndarray, "n"]
+) -> Int64[Tensor, "n"]:
+    """The labels of these images, -1 when there are none."""
+    return torch.from_numpy(np.full(len(indices), -1) if labels is None else labels[indices])
+
+
 class MultiCropLoader:
     """Batches of random views for training.
 
@@ -280,8 +293,7 @@ class EvalLoader:
         self.beton = beton if isinstance(beton, Beton) else Beton(beton)
         self.view, self.batch_size, self.prefetch = view, batch_size, prefetch
         self.mean, self.std = tuple(mean), tuple(std)
-        n = len(self.beton)
-        self.indices = np.arange(n * rank // world_size, n * (rank + 1) // world_size)
+        self.indices = rank_indices(len(self.beton), rank, world_size)
         self._renderer = _Renderer(self.beton, [[view]], dtype, self.mean, self.std, num_threads)
         self.wait_seconds = 0.0
 
@@ -309,7 +321,7 @@ class EvalLoader:
         self.wait_seconds += time.perf_counter() - start
         if batch is None:
             return None
-        indices, labels = batch.indices, self.beton.labels
+        indices = batch.indices
         broken = np.flatnonzero(batch.status > kernels.DAMAGED)
         if len(broken):
             reason = REASONS[batch.status[broken[0]]]
@@ -317,8 +329,8 @@ class EvalLoader:
                 f"{self.beton.path}: image {indices[broken[0]]} is corrupt ({reason}): write the "
                 "file again, without it"
             )
-        labels = np.full(len(indices), -1) if labels is None else labels[indices]
-        return batch.tensors[0][0], torch.from_numpy(labels), torch.from_numpy(indices.copy())
+        labels = labels_at(self.beton.labels, indices)
+        return batch.tensors[0][0], labels, torch.from_numpy(indices.copy())
 
 
 @dataclass

@@ -6,13 +6,11 @@ import torch
 from torch import nn
 
 from ssl_xcit.augment import EvalView
-from ssl_xcit.beton import Beton
 from ssl_xcit.config import TrainConfig
 from ssl_xcit.distributed import Distributed
+from ssl_xcit.evaluation_data import check_datasets, evaluation_loader, open_images
 from ssl_xcit.features import extract_features
 from ssl_xcit.knn import knn_accuracy
-from ssl_xcit.knn_evaluation import check_datasets
-from ssl_xcit.loader import EvalLoader
 
 
 class Probe:
@@ -23,22 +21,22 @@ class Probe:
 
     def __init__(self, config: TrainConfig, ranks: Distributed) -> None:
         self.config, self.device = config, ranks.device
-        betons = [Beton(path) for path in (config.probe.probe_train, config.probe.probe_test)]
-        check_datasets(*betons)
+        sources = (config.probe.probe_train, config.probe.probe_test)
+        both = [open_images(path, config.model.in_chans) for path in sources]
+        check_datasets(*both)
         view = EvalView(config.probe.probe_resize, config.probe.probe_crop)
         self.train, self.test = (
-            EvalLoader(
-                beton,
+            evaluation_loader(
+                images,
                 view,
                 128,
-                rank=ranks.rank,
-                world_size=ranks.world_size,
+                ranks,
                 num_threads=config.run.num_workers,
                 dtype=torch.float32 if ranks.device.type == "cpu" else torch.uint8,
                 mean=config.crops.mean,
                 std=config.crops.std,
             )
-            for beton in betons
+            for images in both
         )
 
     def __call__(self, backbone: nn.Module) -> dict[str, float]:

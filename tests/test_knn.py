@@ -19,13 +19,14 @@ from ssl_xcit.beton import Beton, write_beton
 from ssl_xcit.checkpoint import save_checkpoint
 from ssl_xcit.config import Crops, KnnConfig, TrainConfig, save_config
 from ssl_xcit.errors import UserError
+from ssl_xcit.evaluation_data import check_datasets
 from ssl_xcit.knn import (
     cosine_top_k,
     knn_accuracy,
     knn_predictions,
     weighted_vote,
 )
-from ssl_xcit.knn_evaluation import check_datasets, evaluate_knn
+from ssl_xcit.knn_evaluation import evaluate_knn
 from ssl_xcit.loader import EvalLoader
 from ssl_xcit.probe import knn_probe
 from ssl_xcit.xcit import build_xcit
@@ -551,3 +552,13 @@ def test_a_probe_equals_the_evaluation_and_leaves_the_model_as_it_was(betons):
     assert [module.training for module in model.modules()] == modes
     torch.set_rng_state(draws)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_folders_of_images_give_the_result_of_the_files_written_from_them(betons, run):
+    folders = [path.removesuffix(".beton") for path in betons]  # PNGs, stored as they are
+    found = [
+        evaluate_knn(knn_config(pair, checkpoint=str(run), k=(1, 5, 20)))
+        for pair in (betons, folders, (betons[0], folders[1]))
+    ]
+    assert found[0]["top1"] == found[1]["top1"] == found[2]["top1"]
+    assert found[1]["train"] == {"path": folders[0], "images": 40, "classes": 3}

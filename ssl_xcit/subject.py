@@ -1,0 +1,89 @@
+"""What an evaluation is about: a frozen backbone, and everything that says where it is from."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ssl_xcit.checkpoint import read_backbone
+from ssl_xcit.config import TrainConfig, read_config
+from ssl_xcit.errors import UserError
+from ssl_xcit.loader import IMAGENET_MEAN, IMAGENET_STD
+from ssl_xcit.xcit import XCiT, build_xcit
+
+
+class Subject(NamedTuple):
+    """A backbone, the statistics it normalises images by, and its origin for the result."""
+
+    backbone: XCiT
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    facts: dict[str, str | int | None]  # source, checkpoint, step, role, arch, seed
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of its images."""
+        return self.backbone.patch_embed.proj[0][0].in_channels
+
+
+NO_FACTS = dict.fromkeys(("source", "checkpoint", "step", "role", "arch", "seed"))
+
+
+def untrained_subject(arch: str, seed: int, in_chans: int = 3) -> Subject:
+    """The network that training with this seed would start from.
+
+    Raises UserError for an unknown architecture.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone = build_xcit(arch, num_classes=0, in_chans=in_chans)
+    facts = NO_FACTS | {"source": "random_init", "arch": arch, "seed": seed}
+    return Subject(backbone, *statistics(None, in_chans), facts)
+
+
+def checkpoint_subject(checkpoint: str | Path, arch: str = "", role: str = "teacher") -> Subject:
+    """The backbone in `checkpoint`: whatever `ssl_xcit.checkpoint.read_backbone` reads.
+
+    `arch`, if given, must be what the checkpoint holds. Raises UserError for a checkpoint that is
+    no backbone, or another one.
+    """
+    found, state, info = read_backbone(checkpoint, role)
+    if arch not in ("", found):
+        raise UserError(f"{info['path']} is a {found}, not a {arch}: leave --arch out")
+    in_chans = state["patch_embed.proj.0.0.weight"].shape[1]
+    backbone = build_xcit(found, num_classes=0, in_chans=in_chans)
+    try:
+        backbone.load_state_dict(state)
+    except RuntimeError as error:  # torch's word for missing, unknown and misshapen keys
+        odd = sorted(set(state) ^ set(backbone.state_dict())) or ["only shapes"]
+        raise UserError(
+            f"{info['path']} does not hold the official keys of {found}; {len(odd)} differ: "
+            f"{', '.join(odd[:3])}"
+        ) from error
+    facts = NO_FACTS | {
+        "source": "checkpoint",
+        "checkpoint": info["path"],
+        "step": info["step"],
+        "role": info["role"],
+        "arch": found,
+    }
+    run = Path(info["path"]) if info["step"] is not None else None  # else a single file
+    return Subject(backbone, *statistics(run, in_chans), facts)
+
+
+def statistics(
+    checkpoint: Path | None, in_chans: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation that a network was trained with.
+
+    Those of its run if the checkpoint lies in one, else ImageNet's; one value for all channels
+    where there are not three of them.
+    """
+    if checkpoint is not None:
+        described = checkpoint.absolute().parent.parent / "config.yaml"
+        if described.exists():
+            crops = read_config(TrainConfig, described).crops
+            return crops.mean, crops.std
+    if in_chans == 3:
+        return IMAGENET_MEAN, IMAGENET_STD
+    return tuple((sum(values) / 3,) * in_chans for values in (IMAGENET_MEAN, IMAGENET_STD))
