@@ -375,6 +375,7 @@ def main() -> None:
             ("500 pixels, quality 90, 2 + 8 crops", small, 8, names),
             ("500 pixels, quality 90, 2 + 10 crops", small, 10, few),
             ("Original size and bytes, 2 + 8 crops", original, 8, few),
+            ("Original size and bytes, 2 + 10 crops", original, 10, few),
         ):
             beton = Beton(path)
             options = ["--beton", path, "--files", path.with_suffix("")]

@@ -9,7 +9,8 @@ medium_24_p16 76.4, medium_24_p8 77.9. The work is done by ssl_xcit/knn_evaluati
 and features.py.
 """
 
-from ssl_xcit.config import KnnConfig, run_command
+from ssl_xcit.config import run_command
+from ssl_xcit.eval_config import KnnConfig
 
 if __name__ == "__main__":
     run_command(KnnConfig, "ssl_xcit.knn_evaluation:evaluate_knn")

@@ -57,7 +57,6 @@ RUN_KEYS_THAT_MAY_CHANGE = frozenset(
 Interpolation = Literal["bicubic", "bilinear"]
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["bf16", "fp32"]
-Features = Literal["cls", "patch", "cls+patch"]
 
 
 # Bounds by their wording in an error message. NaN and infinity satisfy none of them.
@@ -73,7 +72,7 @@ BOUNDS = {
 }
 
 
-def _check(section: object, bound: str, *names: str) -> None:
+def check(section: object, bound: str, *names: str) -> None:
     """Raise UserError unless every named number (every element of a tuple) satisfies `bound`."""
     for name in names:
         value = getattr(section, name)
@@ -81,7 +80,7 @@ def _check(section: object, bound: str, *names: str) -> None:
             raise UserError(f"{name} must be {bound}, got {options.as_text(value)}")
 
 
-def _check_range(section: object, *names: str) -> None:
+def check_range(section: object, *names: str) -> None:
     """Raise UserError unless each named pair is (low, high) with low <= high."""
     for name in names:
         low, high = getattr(section, name)
@@ -143,14 +142,14 @@ class Crops:
     """Divides each channel after that."""
 
     def __post_init__(self) -> None:
-        _check(self, ">= 1", "global_crops_size", "local_crops_size")
-        _check(self, ">= 0", "local_crops_number", "brightness", "contrast", "saturation")
-        _check(self, "in (0, 1]", "global_crops_scale", "local_crops_scale")
-        _check(self, "in [0, 1]", "color_jitter_prob", "grayscale_prob", "solarize_prob")
-        _check(self, "in [0, 1]", "global1_blur_prob", "global2_blur_prob", "local_blur_prob")
-        _check(self, "in [0, 0.5]", "hue")
-        _check(self, "> 0", "blur_sigma", "std")
-        _check_range(self, "global_crops_scale", "local_crops_scale", "blur_sigma")
+        check(self, ">= 1", "global_crops_size", "local_crops_size")
+        check(self, ">= 0", "local_crops_number", "brightness", "contrast", "saturation")
+        check(self, "in (0, 1]", "global_crops_scale", "local_crops_scale")
+        check(self, "in [0, 1]", "color_jitter_prob", "grayscale_prob", "solarize_prob")
+        check(self, "in [0, 1]", "global1_blur_prob", "global2_blur_prob", "local_blur_prob")
+        check(self, "in [0, 0.5]", "hue")
+        check(self, "> 0", "blur_sigma", "std")
+        check_range(self, "global_crops_scale", "local_crops_scale", "blur_sigma")
 
     def view_arguments(self) -> dict[str, options.Value]:
         """The arguments of `augment.dino_views`: all but how pixels are normalised."""
@@ -167,8 +166,8 @@ class Model:
     """Channels of an image."""
 
     def __post_init__(self) -> None:
-        _check(self, "in [0, 1)", "drop_path_rate")
-        _check(self, ">= 1", "in_chans")
+        check(self, "in [0, 1)", "drop_path_rate")
+        check(self, ">= 1", "in_chans")
 
 
 @dataclass(frozen=True)
@@ -189,7 +188,7 @@ class Head:
     """Width of the normalised vector that the prototypes are compared with."""
 
     def __post_init__(self) -> None:
-        _check(self, ">= 1", "out_dim", "head_layers", "head_hidden_dim", "head_bottleneck_dim")
+        check(self, ">= 1", "out_dim", "head_layers", "head_hidden_dim", "head_bottleneck_dim")
 
 
 @dataclass(frozen=True)
@@ -210,9 +209,9 @@ class Loss:
     """Momentum of the teacher at the start (cosine to 1); 0.9995 suits batches of 256."""
 
     def __post_init__(self) -> None:
-        _check(self, "> 0", "student_temp", "warmup_teacher_temp", "teacher_temp")
-        _check(self, ">= 0", "warmup_teacher_temp_epochs")
-        _check(self, "in [0, 1]", "center_momentum", "momentum_teacher")
+        check(self, "> 0", "student_temp", "warmup_teacher_temp", "teacher_temp")
+        check(self, ">= 0", "warmup_teacher_temp_epochs")
+        check(self, "in [0, 1]", "center_momentum", "momentum_teacher")
 
 
 @dataclass(frozen=True)
@@ -245,10 +244,10 @@ class Optim:
     """Micro-batches per step. Global batch = batch_size_per_gpu x accumulation_steps x ranks."""
 
     def __post_init__(self) -> None:
-        _check(self, "> 0", "lr")
-        _check(self, ">= 0", "min_lr", "warmup_epochs", "weight_decay", "weight_decay_end")
-        _check(self, ">= 0", "clip_grad", "freeze_last_layer")
-        _check(self, ">= 1", "epochs", "batch_size_per_gpu", "accumulation_steps")
+        check(self, "> 0", "lr")
+        check(self, ">= 0", "min_lr", "warmup_epochs", "weight_decay", "weight_decay_end")
+        check(self, ">= 0", "clip_grad", "freeze_last_layer")
+        check(self, ">= 1", "epochs", "batch_size_per_gpu", "accumulation_steps")
 
 
 @dataclass(frozen=True)
@@ -275,8 +274,8 @@ class Run:
     """The same bits on every run of a GPU too, at some cost of speed."""
 
     def __post_init__(self) -> None:
-        _check(self, ">= 0", "num_workers", "save_every", "saveckp_freq")
-        _check(self, ">= 1", "log_every", "keep_last")
+        check(self, ">= 0", "num_workers", "save_every", "saveckp_freq")
+        check(self, ">= 1", "log_every", "keep_last")
 
 
 @dataclass(frozen=True)
@@ -297,8 +296,8 @@ class Probe:
     """Side of the central crop, pixels."""
 
     def __post_init__(self) -> None:
-        _check(self, ">= 0", "every")
-        _check(self, ">= 1", "probe_k", "probe_resize", "probe_crop")
+        check(self, ">= 0", "every")
+        check(self, ">= 1", "probe_k", "probe_resize", "probe_crop")
         if self.probe_crop > self.probe_resize:
             raise UserError(
                 f"probe_crop must be <= probe_resize ({self.probe_resize}), got {self.probe_crop}"
@@ -332,7 +331,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_arch(self.arch)
-        _check(self, "in [0, 2^63)", "seed")
+        check(self, "in [0, 2^63)", "seed")
         for name in ("mean", "std"):
             value = getattr(self.crops, name)
             if len(value) != self.model.in_chans:
@@ -374,9 +373,9 @@ class SlurmConfig:
     """How many times a job is queued again after reaching its limit."""
 
     def __post_init__(self) -> None:
-        _check(self, ">= 1", "nodes", "cpus_per_task")
-        _check(self, ">= 0", "gpus_per_node", "mem_gb", "signal_delay", "max_timeouts")
-        _check(self, "> 0", "hours")
+        check(self, ">= 1", "nodes", "cpus_per_task")
+        check(self, ">= 0", "gpus_per_node", "mem_gb", "signal_delay", "max_timeouts")
+        check(self, "> 0", "hours")
         if self.cluster != "slurm" and self.nodes > 1:
             raise UserError(f"nodes must be 1 with cluster {self.cluster}, got {self.nodes}")
 
@@ -386,68 +385,6 @@ class SubmitConfig(TrainConfig):
     """Submit the pretraining of an XCiT to SLURM; every option of main_dino.py, and the job's."""
 
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
-
-
-@dataclass(frozen=True, kw_only=True)
-class KnnConfig:
-    """Classify images by the k nearest neighbours of their frozen features."""
-
-    train: str
-    """Labelled images that vote: a .beton, or a folder of class folders (read by Pillow)."""
-    test: str
-    """Labelled images that are classified: a .beton, or a folder of class folders."""
-    checkpoint: str = ""
-    """Run folder or checkpoint whose backbone makes the features."""
-    arch: str = ""
-    """Architecture of --random-init, or of a checkpoint that does not say its own."""
-    random_init: bool = False
-    """Baseline: the untrained network of --arch."""
-    pixels: bool = False
-    """Baseline: the pixels themselves."""
-    k: tuple[int, ...] = (10, 20, 100, 200)
-    """Neighbours that vote; one result for each."""
-    temperature: float = 0.07
-    """A neighbour of cosine similarity s has exp(s / temperature) votes."""
-    features: Features = "cls"
-    """Class token, mean of the patch tokens, or both."""
-    role: Literal["teacher", "student"] = "teacher"
-    """Whose weights are read from a run."""
-    resize: int = 256
-    """Shorter side after resizing, pixels."""
-    crop: int = 224
-    """Side of the central crop, pixels."""
-    interpolation: Interpolation = "bicubic"
-    """How images are resized."""
-    batch_size: int = 128
-    """Images per forward pass and rank."""
-    num_workers: int = 0
-    """Loader threads per rank; 0 = this rank's share of the cores."""
-    device: Device = "auto"
-    """auto takes the GPU if there is one."""
-    precision: Precision = "fp32"
-    """float32, or bf16 autocast."""
-    seed: int = 0
-    """Of --random-init."""
-    out: str = ""
-    """JSON file for the result."""
-
-    def __post_init__(self) -> None:
-        sources = [bool(self.checkpoint), self.random_init, self.pixels]
-        if sum(sources) != 1:
-            raise UserError(
-                "give exactly one of --checkpoint, --random-init (with --arch) and --pixels, "
-                f"got {sum(sources)} of them"
-            )
-        if self.random_init or self.arch:
-            check_arch(self.arch)
-        _check(self, ">= 1", "k", "resize", "crop", "batch_size")
-        _check(self, ">= 0", "num_workers")
-        _check(self, "> 0", "temperature")
-        _check(self, "in [0, 2^63)", "seed")
-        if not self.k:
-            raise UserError("k must name at least one number of neighbours, got none")
-        if self.crop > self.resize:
-            raise UserError(f"crop must be <= resize ({self.resize}), got {self.crop}")
 
 
 def run_command(

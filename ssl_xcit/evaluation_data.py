@@ -28,7 +28,7 @@ from ssl_xcit.loader import (
     EvalLoader,
     default_threads,
     labels_at,
-    rank_indices,
+    rank_share,
 )
 
 
@@ -84,12 +84,14 @@ class FolderLoader:
         num_threads: int = 0,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
+        subset: Int64[np.ndarray, "n"] | None = None,
     ) -> None:
         from torchvision import transforms as T  # seconds to import, and .beton files need it not
 
         self.images, self.view, self.batch_size = images, view, batch_size
         self.mean, self.std = tuple(mean), tuple(std)
-        self.indices = rank_indices(len(images), rank, world_size)
+        subset = np.arange(len(images)) if subset is None else subset
+        self.indices = rank_share(subset, rank, world_size)
         self.num_threads = num_threads or default_threads()
         filter_ = T.InterpolationMode(view.interpolation)
         if view.crop is None:
@@ -143,14 +145,15 @@ def evaluation_loader(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
     dtype: torch.dtype = torch.uint8,
+    subset: Int64[np.ndarray, "n"] | None = None,
 ) -> EvalLoader | FolderLoader:
     """Batches (images, labels, indices) of this rank's share of `images`, each image once.
 
-    `dtype` is what a file's loader makes; a folder's gives bytes, which `extract_features`
-    normalises.
+    `subset` leaves all but these images out. `dtype` is what a file's loader makes; a folder's
+    gives bytes, which `extract_features` normalises.
     """
     share = {"rank": ranks.rank, "world_size": ranks.world_size, "num_threads": num_threads}
-    share |= {"mean": mean, "std": std}
+    share |= {"mean": mean, "std": std, "subset": subset}
     if isinstance(images, ImageFolder):
         return FolderLoader(images, view, batch_size, **share)
     return EvalLoader(images, view, batch_size, dtype=dtype, **share)

@@ -6,8 +6,8 @@ from pathlib import Path
 from ssl_xcit import distributed
 from ssl_xcit.augment import EvalView
 from ssl_xcit.beton import Beton
-from ssl_xcit.config import KnnConfig
 from ssl_xcit.distributed import Distributed
+from ssl_xcit.eval_config import KnnConfig
 from ssl_xcit.evaluation_data import check_channels, check_datasets, evaluation_loader, open_images
 from ssl_xcit.features import extract_features, extract_pixels
 from ssl_xcit.knn import knn_accuracy

@@ -73,10 +73,11 @@ def epoch_order(seed: int, epoch: int, num_samples: int) -> Int64[np.ndarray, "n
     return np.argsort(kernels.mix64_array(keys ^ kernels.ORDER_STREAM), kind="stable")
 
 
-def rank_indices(num_samples: int, rank: int, world_size: int) -> Int64[np.ndarray, "n"]:
+def rank_share(
+    images: Int64[np.ndarray, "m"], rank: int, world_size: int
+) -> Int64[np.ndarray, "n"]:
     """An evaluation's images of a rank: the rank-th of world_size contiguous parts."""
-    first, end = num_samples * rank // world_size, num_samples * (rank + 1) // world_size
-    return np.arange(first, end)
+    return images[len(images) * rank // world_size : len(images) * (rank + 1) // world_size]
 
 
 def labels_at(
@@ -102,7 +103,8 @@ class MultiCropLoader:
     it is gone. With CUDA they are pinned.
 
     Another image, chosen by the random key, takes the place of one that is corrupt: cut, or with
-    data that are no JPEG's. It is logged and counted; the index reported is still its own.
+    data that are no JPEG's. It is logged and counted; `indices` name the image that is shown, so
+    that its label fits.
 
     Args:
         beton: the file.
@@ -115,6 +117,8 @@ class MultiCropLoader:
         dtype: torch.uint8 (0 to 255), or torch.float32 or bfloat16, normalised.
         mean, std: per channel, of values in 0 to 1; for the normalised dtypes.
         prefetch: batches in the making or waiting, at least 1.
+        subset: the images to train on, by their places in the file; default all. They come in the
+            order of the whole file's epoch, the others left out.
 
     Attributes:
         wait_seconds: time that callers have spent waiting for batches so far.
@@ -141,16 +145,18 @@ class MultiCropLoader:
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
         prefetch: int = 2,
+        subset: Int64[np.ndarray, "n"] | None = None,
     ) -> None:
         self.beton = beton if isinstance(beton, Beton) else Beton(beton)
         self.batch_size, self.seed = batch_size, seed
+        self.images = np.arange(len(self.beton)) if subset is None else subset
         self.rank, self.world_size = rank, world_size
         self.accumulation_steps, self.prefetch = accumulation_steps, prefetch
         self.mean, self.std = tuple(mean), tuple(std)
         self.global_batch = batch_size * world_size * accumulation_steps
-        if len(self.beton) < self.global_batch:
+        if len(self.images) < self.global_batch:
             raise UserError(
-                f"{self.beton.path}: {len(self.beton)} images are fewer than one global batch of "
+                f"{self.beton.path}: {len(self.images)} images are fewer than one global batch of "
                 f"{self.global_batch} ({batch_size} x {world_size} ranks x {accumulation_steps} "
                 "accumulation steps): use a smaller batch"
             )
@@ -163,7 +169,7 @@ class MultiCropLoader:
 
     def __len__(self) -> int:
         """Optimiser steps per epoch."""
-        return len(self.beton) // self.global_batch
+        return len(self.images) // self.global_batch
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
         """Let the next iteration be that of `epoch`, from step `start_step` on."""
@@ -195,6 +201,8 @@ class MultiCropLoader:
     def _plan(self, epoch: int, start_step: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(images, their keys) of every micro-batch of this rank."""
         order = epoch_order(self.seed, epoch, len(self.beton))
+        if len(self.images) < len(order):
+            order = order[np.isin(order, self.images)]
         for step in range(start_step, len(self)):
             for micro in range(self.accumulation_steps):
                 place = micro * self.world_size + self.rank
@@ -244,7 +252,7 @@ class MultiCropLoader:
                 )  # fmt: skip
 
     def _stop_if_too_many(self) -> None:
-        seen = min(self._seen, len(self.beton))
+        seen = min(self._seen, len(self.images))
         if len(self.corrupt) >= MIN_CORRUPT and len(self.corrupt) > MAX_CORRUPT_SHARE * seen:
             raise UserError(
                 f"{self.beton.path}: {len(self.corrupt)} of {seen} images are corrupt (first: "
@@ -258,15 +266,18 @@ class MultiCropLoader:
         indices = batch.indices.copy()
         for attempt in range(1000):
             drawn = kernels.mix64_array(key ^ kernels.SUBSTITUTE_STREAM + np.uint64(attempt))
-            indices[slot] = drawn[0] % np.uint64(len(self.beton))
+            indices[slot] = self.images[drawn[0] % np.uint64(len(self.images))]
             self._renderer.render(batch, np.array([slot]), indices, np.zeros(1, np.int64))
             if batch.status[slot] <= kernels.DAMAGED:
+                batch.indices[slot] = indices[slot]
                 return int(indices[slot])
         raise UserError(f"{self.beton.path}: no image of 1000 can be decoded; write the file again")
 
 
 class EvalLoader:
     """Batches of evaluation views, each image once over all ranks, in the order of the file.
+
+    `subset`: the images to look at, by their places in the file; default all.
 
     Iterating gives (images (n, channels, size, size), labels (n,), indices (n,)) with n =
     batch_size but for the last batch; labels are -1 when the file has none. Rank r has the r-th of
@@ -289,11 +300,13 @@ class EvalLoader:
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
         prefetch: int = 2,
+        subset: Int64[np.ndarray, "n"] | None = None,
     ) -> None:
         self.beton = beton if isinstance(beton, Beton) else Beton(beton)
         self.view, self.batch_size, self.prefetch = view, batch_size, prefetch
         self.mean, self.std = tuple(mean), tuple(std)
-        self.indices = rank_indices(len(self.beton), rank, world_size)
+        images = np.arange(len(self.beton)) if subset is None else subset
+        self.indices = rank_share(images, rank, world_size)
         self._renderer = _Renderer(self.beton, [[view]], dtype, self.mean, self.std, num_threads)
         self.wait_seconds = 0.0
 

@@ -17,7 +17,6 @@ from ssl_xcit.config import (
     ARCHITECTURES,
     CONFIGS,
     RUN_KEYS_THAT_MAY_CHANGE,
-    KnnConfig,
     SubmitConfig,
     TrainConfig,
     config_differences,
@@ -27,6 +26,7 @@ from ssl_xcit.config import (
     save_config,
 )
 from ssl_xcit.errors import UserError
+from ssl_xcit.eval_config import KnnConfig
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ("pretrain/{arch}.yaml",)

@@ -17,8 +17,9 @@ from ssl_xcit import knn, knn_evaluation
 from ssl_xcit.augment import EvalView
 from ssl_xcit.beton import Beton, write_beton
 from ssl_xcit.checkpoint import save_checkpoint
-from ssl_xcit.config import Crops, KnnConfig, TrainConfig, save_config
+from ssl_xcit.config import Crops, TrainConfig, save_config
 from ssl_xcit.errors import UserError
+from ssl_xcit.eval_config import KnnConfig
 from ssl_xcit.evaluation_data import check_datasets
 from ssl_xcit.knn import (
     cosine_top_k,

@@ -92,6 +92,15 @@ def broken_copy(path: Path, folder: Path, broken: dict[int, str]) -> Path:
     return copy
 
 
+def rows(loader: MultiCropLoader) -> list[tuple[int, list[np.ndarray]]]:
+    """(index, views) of every image in the order in which they come."""
+    found = []
+    for *groups, indices in loader:
+        for place, index in enumerate(indices.tolist()):
+            found.append((index, [group[:, place].numpy().copy() for group in groups]))
+    return found
+
+
 def collect(loader) -> dict[int, list[np.ndarray]]:
     """{image: its views} of one iteration; an image that comes twice is an error."""
     views = {}
@@ -521,26 +530,34 @@ def test_waiting_is_accounted_for(cuttings, monkeypatch):
 def test_a_corrupt_image_is_replaced_counted_and_logged_once_by_its_index(
     cuttings, tmp_path, caplog
 ):
-    intact = collect(MultiCropLoader(cuttings, RECIPE, 20))
     path = broken_copy(cuttings, tmp_path, {7: "cut", 8: "gone"})
-    collected = []
+    intact = rows(MultiCropLoader(cuttings, RECIPE, 20))
+    order = [index for index, _ in intact]
     for batch, threads in ((20, 1), (20, 2), (60, 2)):
         caplog.clear()
         loader = MultiCropLoader(path, RECIPE, batch, num_threads=threads)
         with caplog.at_level(logging.WARNING, "ssl_xcit.loader"):
-            collected.append(collect(loader))
-            collect(loader)
+            found = rows(loader)
+            rows(loader)
         assert set(loader.corrupt) == {7, 8}
         messages = [record.getMessage() for record in caplog.records]
         assert len(messages) == 2
         assert any("image 7 is corrupt" in message for message in messages)
         assert any("image 8 is corrupt (the decoder rejects it)" in m for m in messages)
-    for index, views in intact.items():
-        for other in collected:
-            assert equal(views, other[index]) == (index not in (7, 8))
-            assert equal(collected[0][index], other[index])
-    for index in (7, 8):
-        assert all(part.std() > 1 for part in collected[0][index])  # a picture, nothing blank
+        first = found if batch == 20 and threads == 1 else first
+        for place, (index, views) in enumerate(found):
+            assert index == first[place][0]
+            assert equal(views, first[place][1])
+            if order[place] in (7, 8):
+                # another image, named by its own index so that its label fits
+                assert index not in (7, 8)
+                assert f"image {order[place]} is corrupt" in "".join(messages)
+                assert f"image {index} takes its place" in "".join(messages)
+                assert not equal(views, intact[place][1])
+                assert all(part.std() > 1 for part in views)  # a picture, nothing blank
+            else:
+                assert index == order[place]
+                assert equal(views, intact[place][1])
 
 
 def test_too_many_corrupt_images_stop_the_run(cuttings, tmp_path):
@@ -640,3 +657,30 @@ def test_anonymous_memory_is_the_batches_and_a_few_megabytes_per_thread(tmp_path
     assert pixels == 2400 * 1600
     # prefetch + 1 batches
     assert used < 1.2 * 3 * batch + 2 * (8e6 + 3 * pixels)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_subset_comes_in_the_files_order_with_the_same_views_and_the_others_left_out(
+    originals, world
+):
+    subset = np.array([1, 2, 3, 5, 8, 13, 21, 34, 40, 41, 42, 43])
+    views, seen = dino_views(32, local_crops_number=0), {}
+    full = MultiCropLoader(originals, views, 1, seed=3, num_threads=1)
+    for images, _, indices in full:
+        seen[int(indices)] = images.clone()
+    steps = zip(
+        *(
+            MultiCropLoader(originals, views, 2, seed=3, rank=rank, world_size=world, subset=subset)
+            for rank in range(world)
+        ),
+        strict=True,
+    )
+    order = []
+    for step in steps:
+        for images, _, indices in step:
+            order += indices.tolist()
+            for place, index in enumerate(indices.tolist()):
+                assert torch.equal(images[:, place], seen[index][:, 0])
+    assert order == [index for index in seen if index in subset]
+    evaluated = EvalLoader(originals, EvalView(16), 5, rank=1, world_size=2, subset=subset)
+    assert [i for _, _, indices in evaluated for i in indices.tolist()] == subset[6:].tolist()
