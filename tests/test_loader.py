@@ -684,3 +684,39 @@ def test_a_subset_comes_in_the_files_order_with_the_same_views_and_the_others_le
     assert order == [index for index in seen if index in subset]
     evaluated = EvalLoader(originals, EvalView(16), 5, rank=1, world_size=2, subset=subset)
     assert [i for _, _, indices in evaluated for i in indices.tolist()] == subset[6:].tolist()
+
+
+RANK = """
+import sys, zlib
+from ssl_xcit.augment import dino_views
+from ssl_xcit.loader import MultiCropLoader
+path, rank, start = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+views = dino_views(48, local_crops_number=2, local_crops_size=32)
+loader = MultiCropLoader(path, views, 4, seed=1, rank=rank, world_size=2, num_threads=2)
+loader.set_epoch(0, start)
+for step, (large, small, indices) in enumerate(loader, start):
+    digest = zlib.crc32(small.numpy().tobytes(), zlib.crc32(large.numpy().tobytes()))
+    print(step, digest, *indices.tolist(), flush=True)
+    if len(sys.argv) == 5 and step == int(sys.argv[4]):
+        sys.stdin.read()  # wait to be killed, in the middle of an epoch
+"""
+
+
+def test_a_killed_rank_disturbs_no_other_and_its_successor_goes_on_where_it_was(originals):
+    def start(*arguments):
+        command = [sys.executable, "-c", RANK, str(originals.path), *map(str, arguments)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, **pipes)
+
+    undisturbed = [start(rank, 0) for rank in (0, 1)]
+    expected = [process.communicate(timeout=200)[0].splitlines() for process in undisturbed]
+    assert [len(lines) for lines in expected] == [12, 12]
+
+    victim, other = start(0, 0, 4), start(1, 0)
+    seen = [victim.stdout.readline().strip() for _ in range(5)]
+    victim.kill()
+    assert other.communicate(timeout=200)[0].splitlines() == expected[1]
+    assert other.returncode == 0
+    victim.communicate(timeout=60)
+    successor = start(0, 5).communicate(timeout=200)[0].splitlines()
+    assert seen + successor == expected[0]
