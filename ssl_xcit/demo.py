@@ -131,7 +131,7 @@ def _knn(out: Path, train: Path, test: Path, name: str, *source: str) -> float:
     if not result.exists():
         data = ["--train", str(train), "--test", str(test), "--out", str(result)]
         _run(str(ROOT / "eval" / "knn.py"), *source, *data, *VIEW)
-    return json.loads(result.read_text())["top1"]["20"]
+    return json.loads(result.read_text())["accuracy"][0]["top1"]
 
 
 def _run(*arguments: str) -> None:

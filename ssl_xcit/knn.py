@@ -11,6 +11,7 @@ neither on the block size nor on the device:
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -97,6 +98,45 @@ def weighted_vote(
     return torch.cat(ranked, dim=1)
 
 
+class Neighbours(NamedTuple):
+    """The nearest training images of each test image, nearest first, by one search."""
+
+    similarities: Float64[Tensor, "m k"]
+    labels: Int64[Tensor, "m k"]  # as places in `classes`
+    classes: Int64[Tensor, " c"]  # sorted: keeps the tie rule
+
+    def votes(self, k: int, temperature: float) -> Int64[Tensor, "m top"]:
+        """The best classes of each test image by `weighted_vote`, best first."""
+        rows = max(1, BLOCK_ELEMENTS // len(self.classes))  # bounds the table of class scores
+        blocks = zip(self.similarities.split(rows), self.labels.split(rows), strict=True)
+        count = len(self.classes)
+        ranked = [weighted_vote(*block, count, k, temperature) for block in blocks]
+        return self.classes[torch.cat(ranked)]
+
+
+def find_neighbours(
+    train_features: Real[Tensor, "n d"],
+    train_labels: Int64[Tensor, " n"],
+    test_features: Real[Tensor, "m d"],
+    k: int,
+) -> Neighbours:
+    """The min(k, n) nearest training images of each test image.
+
+    Raises UserError for a k below 1 and for features that are not finite.
+    """
+    if k < 1:
+        raise UserError(f"k must be at least 1, got {k}")
+    for name, features in (("training", train_features), ("test", test_features)):
+        if not torch.isfinite(features).all():
+            raise UserError(
+                f"the {name} features contain NaN or infinity: the network has diverged; "
+                "take an earlier checkpoint"
+            )
+    classes, train_classes = train_labels.unique(return_inverse=True)
+    similarities, indices = cosine_top_k(train_features, test_features, k)
+    return Neighbours(similarities, train_classes[indices], classes)
+
+
 def knn_predictions(
     train_features: Real[Tensor, "n d"],
     train_labels: Int64[Tensor, " n"],
@@ -107,28 +147,18 @@ def knn_predictions(
     """For each k the best classes of each test image, best first, from one search with the largest.
 
     As many as `weighted_vote` ranks: min(5, k, classes). A k beyond the training set lets all n
-    images vote. Labels may be any integers.
-    Raises UserError for a k below 1 and for features that are not finite.
+    images vote. Labels may be any integers. Raises UserError as `find_neighbours` does.
     """
     if min(ks) < 1:
         raise UserError(f"k must be at least 1, got {min(ks)}")
-    for name, features in (("training", train_features), ("test", test_features)):
-        if not torch.isfinite(features).all():
-            raise UserError(
-                f"the {name} features contain NaN or infinity: the network has diverged; "
-                "take an earlier checkpoint"
-            )
-    classes, train_classes = train_labels.unique(return_inverse=True)  # sorted: keeps the tie rule
-    similarities, indices = cosine_top_k(train_features, test_features, max(ks))
-    neighbours = train_classes[indices]
-    rows = max(1, BLOCK_ELEMENTS // len(classes))  # bounds the table of class scores
-    blocks = list(zip(similarities.split(rows), neighbours.split(rows), strict=True))
-    return {
-        k: classes[
-            torch.cat([weighted_vote(*block, len(classes), k, temperature) for block in blocks])
-        ]
-        for k in ks
-    }
+    neighbours = find_neighbours(train_features, train_labels, test_features, max(ks))
+    return {k: neighbours.votes(k, temperature) for k in ks}
+
+
+def accuracy(ranked: Int64[Tensor, "m top"], labels: Int64[Tensor, " m"]) -> tuple[float, float]:
+    """(top-1, top-5) in percent of classes ranked best first."""
+    hits = (ranked == labels[:, None]).sum(dim=0)
+    return 100 * hits[0].item() / len(labels), 100 * hits.sum().item() / len(labels)
 
 
 def knn_accuracy(
@@ -144,9 +174,4 @@ def knn_accuracy(
     A test label that no training image has counts as wrong.
     """
     ranked = knn_predictions(train_features, train_labels, test_features, ks, temperature)
-    accuracy = {}
-    for k, classes in ranked.items():
-        hits = (classes == test_labels[:, None]).sum(dim=0)
-        m = len(test_labels)
-        accuracy[k] = (100 * hits[0].item() / m, 100 * hits.sum().item() / m)
-    return accuracy
+    return {k: accuracy(classes, test_labels) for k, classes in ranked.items()}

@@ -3,15 +3,18 @@
 import time
 from pathlib import Path
 
+import torch
+
 from ssl_xcit import distributed
 from ssl_xcit.augment import EvalView
 from ssl_xcit.beton import Beton
 from ssl_xcit.distributed import Distributed
 from ssl_xcit.eval_config import KnnConfig
-from ssl_xcit.evaluation_data import check_channels, check_datasets, evaluation_loader, open_images
-from ssl_xcit.features import extract_features, extract_pixels
-from ssl_xcit.knn import knn_accuracy
-from ssl_xcit.loader import IMAGENET_MEAN, IMAGENET_STD
+from ssl_xcit.evaluation_data import check_channels, check_datasets, open_images
+from ssl_xcit.feature_cache import cached_features, load_facts, load_features, save_facts
+from ssl_xcit.features import Features
+from ssl_xcit.knn import accuracy, find_neighbours
+from ssl_xcit.loader import rank_share
 from ssl_xcit.results import describe_images, describe_software, describe_subject, write_result
 from ssl_xcit.subject import NO_FACTS, Subject, checkpoint_subject, untrained_subject
 
@@ -19,11 +22,12 @@ from ssl_xcit.subject import NO_FACTS, Subject, checkpoint_subject, untrained_su
 def evaluate_knn(config: KnnConfig) -> dict:
     """k-NN accuracy of a checkpoint, of an untrained network or of the pixels, as `config` says.
 
-    Prints a table, and writes what it returns as JSON to `config.out` if that is set: "top1" and
-    "top5" in percent by k, and everything that decided them. With torchrun the ranks share the
-    images and rank 0 reports. Raises UserError for what the user can mend: images that are missing
-    or do not belong together, a checkpoint that is no backbone or for other images, features that
-    are not finite.
+    Prints a table, and writes what it returns as JSON to `config.out` if that is set: "accuracy"
+    has a row for each temperature and k, "top1" and "top5" in percent; the rest is everything that
+    decided them. With torchrun the ranks share the images and the search, and rank 0 reports.
+
+    Raises UserError for what the user can mend: images that are missing or do not belong together,
+    a checkpoint that is no backbone or for other images, features that are not finite.
     """
     ranks = distributed.setup(config.device)
     try:
@@ -38,53 +42,30 @@ def evaluate_knn(config: KnnConfig) -> dict:
 
 
 def _evaluate(config: KnnConfig, ranks: Distributed) -> dict:
-    subject = _subject(config)
-    channels = 3 if subject is None else subject.in_chans
-    train, test = (open_images(path, channels) for path in (config.train, config.test))
-    check_datasets(train, test)
-    if subject is not None:
-        check_channels(subject.in_chans, train, test)
-    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if subject is None else (subject.mean, subject.std)
     start = time.perf_counter()
-    view = EvalView(config.resize, config.crop, config.interpolation)
-    features = []
-    for images in (train, test):
-        loader = evaluation_loader(
-            images,
-            view,
-            config.batch_size,
-            ranks,
-            num_threads=config.num_workers,
-            mean=mean,
-            std=std,
-        )
-        if subject is None:
-            features.append(extract_pixels(loader))
-        else:
-            backbone, kind = subject.backbone.to(ranks.device), config.features
-            found = extract_features(backbone, loader, [kind], ranks.device, config.precision)
-            features.append(found[kind])
+    if config.load_features:
+        folder = Path(config.load_features)
+        facts = load_facts(folder)
+        kind = facts["features"]
+        train, test = (load_features(folder, name)[kind] for name in ("train", "test"))
+    else:
+        train, test, facts = _extract(config, ranks)
     extracted = time.perf_counter()
-    tensors = [t.to(ranks.device) for part in features for t in (part.features, part.labels)]
-    accuracy = knn_accuracy(*tensors, config.k, config.temperature)
+    mine = torch.from_numpy(rank_share(test.indices.numpy(), ranks.rank, ranks.world_size))
+    parts = (train.features, train.labels, test.features[mine])
+    neighbours = find_neighbours(*(part.to(ranks.device) for part in parts), max(config.k))
+    rows = []
+    for temperature in config.temperature:
+        for k in config.k:
+            ranked = distributed.gather_variable(neighbours.votes(k, temperature).cpu())
+            top1, top5 = accuracy(ranked, test.labels)
+            voters = min(k, len(train.labels))
+            row = {"k": k, "temperature": temperature, "voters": voters}
+            rows.append(row | {"top1": top1, "top5": top5})
     searched = time.perf_counter()
     return {
-        **(NO_FACTS | {"source": "pixels"} if subject is None else subject.facts),
-        "features": "pixels" if config.pixels else config.features,
-        "precision": config.precision,
-        "transform": {
-            "resize": config.resize,
-            "crop": config.crop,
-            "interpolation": config.interpolation,
-            "mean": None if config.pixels else mean,
-            "std": None if config.pixels else std,
-        },
-        "train": describe_images(train),
-        "test": describe_images(test),
-        "temperature": config.temperature,
-        "voters": {str(k): min(k, train.num_samples) for k in accuracy},
-        "top1": {str(k): top1 for k, (top1, _) in accuracy.items()},
-        "top5": {str(k): top5 for k, (_, top5) in accuracy.items()},
+        **facts,
+        "accuracy": rows,
         "seconds": {
             "features": round(extracted - start, 3),
             "search": round(searched - extracted, 3),
@@ -93,6 +74,49 @@ def _evaluate(config: KnnConfig, ranks: Distributed) -> dict:
         "ranks": ranks.world_size,
         "versions": describe_software(),
     }
+
+
+def _extract(config: KnnConfig, ranks: Distributed) -> tuple[Features, Features, dict]:
+    """Features of both datasets, and the facts about them."""
+    subject = _subject(config)
+    channels = 3 if subject is None else subject.in_chans
+    datasets = {name: open_images(getattr(config, name), channels) for name in ("train", "test")}
+    check_datasets(**datasets)
+    if subject is not None:
+        check_channels(subject.in_chans, *datasets.values())
+    kind = "pixels" if subject is None else config.features
+    facts = {
+        **(NO_FACTS | {"source": "pixels"} if subject is None else subject.facts),
+        "features": kind,
+        "precision": config.precision,
+        "transform": {
+            "resize": config.resize,
+            "crop": config.crop,
+            "interpolation": config.interpolation,
+            "mean": None if subject is None else subject.mean,
+            "std": None if subject is None else subject.std,
+        },
+        **{name: describe_images(images) for name, images in datasets.items()},
+    }
+    folder = Path(config.save_features) if config.save_features else None
+    train, test = (
+        cached_features(
+            subject,
+            images,
+            EvalView(config.resize, config.crop, config.interpolation),
+            [kind],
+            ranks,
+            batch_size=config.batch_size,
+            num_workers=config.num_workers,
+            precision=config.precision,
+            folder=folder,
+            name=name,
+        )[kind]
+        for name, images in datasets.items()
+    )
+    if folder is not None and ranks.rank == 0:
+        save_facts(folder, facts)
+    return train, test, facts
 
 
 def _subject(config: KnnConfig) -> Subject | None:
@@ -111,10 +135,13 @@ def _table(result: dict) -> str:
     lines = [
         f"k-NN, features {result['features']}: {describe_subject(result)}",
         f"{test['images']:,} test images, {train['images']:,} training images, "
-        f"{train['classes']:,} classes, temperature {result['temperature']}",
-        f"{'k':>6}{'top-1 %':>10}{'top-5 %':>10}",
+        f"{train['classes']:,} classes",
+        f"{'k':>6}{'T':>8}{'top-1 %':>10}{'top-5 %':>10}",
     ]
-    for k, voters in result["voters"].items():
-        note = "" if voters == int(k) else f"   only {voters} training images: all of them vote"
-        lines.append(f"{k:>6}{result['top1'][k]:>10.2f}{result['top5'][k]:>10.2f}{note}")
+    for row in result["accuracy"]:
+        few = row["voters"] < row["k"]
+        note = f"   only {row['voters']} training images: all of them vote" if few else ""
+        lines.append(
+            f"{row['k']:>6}{row['temperature']:>8g}{row['top1']:>10.2f}{row['top5']:>10.2f}{note}"
+        )
     return "\n".join(lines)

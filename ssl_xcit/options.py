@@ -334,14 +334,14 @@ def print_help(cls: type, values: Mapping[str, Value]) -> None:
 @functools.cache
 def _parser(cls: type, values: tuple[tuple[str, Value], ...] = ()) -> jsonargparse.ArgumentParser:
     """jsonargparse's view of `cls`: an argument for every setting, a group for every section."""
-    usage = " ".join(f"--{name} {name.upper()}" for name in required(cls))
+    usage = "".join(f"--{name} {name.upper()} " for name in required(cls))
     dotted = next((name for name in leaves(cls) if "." in name), None)
     flat_names = (
         f"Every --section.name is also --name: --{dotted} is --{_leaf(dotted)}. " if dotted else ""
     )
     parser = jsonargparse.ArgumentParser(
         prog=Path(sys.argv[0]).name,
-        usage=f"%(prog)s {usage} [--config FILE] [--OPTION VALUE ...]",
+        usage=f"%(prog)s {usage}[--config FILE] [--OPTION VALUE ...]",
         description=inspect.getdoc(cls),
         epilog=f"{flat_names}Names may be written with - or _. Booleans take true or false; alone "
         "they mean true. Flags win over --config, which wins over the recipe in configs/, which "

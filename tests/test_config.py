@@ -779,7 +779,8 @@ def test_help_lists_every_setting_with_its_text_and_default(cls, capsys):
             if not callable(item.default_factory):
                 assert documented[item.name] in shown
                 assert documented[item.name].endswith(".")
-    assert f"[required] --{options.required(cls)[1]} " in shown
+    if required := options.required(cls):
+        assert f"[required] --{required[1]} " in shown
     assert "-h" in shown
 
 
@@ -811,7 +812,7 @@ def test_help_is_quick_and_imports_no_torch_from_any_folder(script, tmp_path):
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "jsonargparse" in imported
     assert not imported & {"torch", "numpy", "submitit", "ssl_xcit.train", "ssl_xcit.knn"}
-    assert f"usage: {Path(script).name} --" in done.stdout
+    assert re.search(rf"usage: {Path(script).name} \[?--", done.stdout)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -21,7 +21,7 @@ ROWS = [
     ["checkpoint", "dino", "beton"],
     ["loader", "features"],
     ["knn", "run_folder", "preview", "evaluation_data", "subject"],
-    ["results"],
+    ["results", "feature_cache"],
     ["knn_evaluation"],
     ["probe"],
     ["run"],

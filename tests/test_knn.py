@@ -3,6 +3,9 @@ import dataclasses
 import gzip
 import json
 import math
+import subprocess
+import sys
+import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -21,8 +24,10 @@ from ssl_xcit.config import Crops, TrainConfig, save_config
 from ssl_xcit.errors import UserError
 from ssl_xcit.eval_config import KnnConfig
 from ssl_xcit.evaluation_data import check_datasets
+from ssl_xcit.feature_cache import fingerprint, load_features
 from ssl_xcit.knn import (
     cosine_top_k,
+    find_neighbours,
     knn_accuracy,
     knn_predictions,
     weighted_vote,
@@ -103,7 +108,8 @@ def test_every_prediction_and_neighbour_equals_scikit_learn_on_clusters(classes,
 
 
 @pytest.mark.skipif(not FASHION_MNIST.exists(), reason="needs Debian's dataset-fashion-mnist")
-def test_every_prediction_equals_scikit_learn_on_fashion_mnist_pixels():
+@pytest.mark.parametrize(("n", "m", "ks"), [(2000, 500, (1, 5, 20, 200)), (60000, 10000, (5,))])
+def test_every_prediction_equals_scikit_learn_on_fashion_mnist_pixels(n, m, ks):
     def read(split, count):
         images = gzip.decompress((FASHION_MNIST / f"{split}-images-idx3-ubyte.gz").read_bytes())
         labels = gzip.decompress((FASHION_MNIST / f"{split}-labels-idx1-ubyte.gz").read_bytes())
@@ -111,8 +117,7 @@ def test_every_prediction_equals_scikit_learn_on_fashion_mnist_pixels():
         labels = np.frombuffer(labels, np.uint8, count, offset=8).astype(np.int64)
         return torch.tensor(images), torch.tensor(labels)
 
-    (train, train_labels), (test, test_labels) = read("train", 2000), read("t10k", 500)
-    ks = (1, 5, 20, 200)
+    (train, train_labels), (test, test_labels) = read("train", n), read("t10k", m)
     found = knn_predictions(train, train_labels, test, ks)
     accuracy = knn_accuracy(train, train_labels, test, test_labels, ks)
     for k in ks:
@@ -371,6 +376,12 @@ def run(tmp_path_factory):
     return folder
 
 
+def top1(result):
+    """{k: percent} of a result with one temperature."""
+    assert len({row["temperature"] for row in result["accuracy"]}) == 1
+    return {row["k"]: row["top1"] for row in result["accuracy"]}
+
+
 def expected_accuracy(seed, betons, which, ks, mean, std):
     """From the model and the images, by scikit-learn."""
     torch.manual_seed(seed)
@@ -388,9 +399,7 @@ def expected_accuracy(seed, betons, which, ks, mean, std):
         kinds = {"cls": cls, "patch": patch, "cls+patch": torch.cat((cls, patch), dim=1)}
         sets.append((kinds[which], labels))
     (train, train_labels), (test, test_labels) = sets
-    return {
-        str(k): 100 * sklearn_knn(k, 0.07, train, train_labels).score(test, test_labels) for k in ks
-    }
+    return {k: 100 * sklearn_knn(k, 0.07, train, train_labels).score(test, test_labels) for k in ks}
 
 
 @pytest.mark.parametrize("which", ["cls", "patch", "cls+patch"])
@@ -402,7 +411,7 @@ def test_a_run_folder_is_evaluated_with_its_own_weights_and_statistics(
     config = knn_config(betons, checkpoint=str(run), role=role, features=which, k=ks)
     result = evaluate_knn(config)
     expected = expected_accuracy(seed, betons, which, ks, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
-    assert result["top1"] == pytest.approx(expected)
+    assert top1(result) == pytest.approx(expected)
     assert (result["source"], result["role"], result["arch"]) == ("checkpoint", role, ARCH)
     assert result["step"] == 12
     assert result["checkpoint"] == str(run / "checkpoints" / "step_00000012")
@@ -420,17 +429,18 @@ def test_the_result_is_printed_and_stored_with_all_that_decided_it(betons, run, 
     assert [path.name for path in out.parent.iterdir()] == ["result.json"]
     assert stored["train"] == {"path": betons[0], "images": 40, "classes": 3}
     assert stored["test"] == {"path": betons[1], "images": 7, "classes": 3}
-    assert stored["voters"] == {"2": 2, "200": 40}
-    assert stored["top5"] == {"2": pytest.approx(stored["top5"]["2"]), "200": 100.0}
+    assert [(row["k"], row["voters"]) for row in stored["accuracy"]] == [(2, 2), (200, 40)]
+    assert stored["accuracy"][1]["top5"] == 100.0
     assert stored["features"] == "cls"
-    assert stored["temperature"] == 0.07
+    assert {row["temperature"] for row in stored["accuracy"]} == {0.07}
     assert stored["transform"]["interpolation"] == "bicubic"
     assert stored["versions"]["torch"] == torch.__version__
     assert min(stored["seconds"].values()) > 0
     printed = capsys.readouterr().out
     assert f"features cls: {ARCH}, teacher of {run}" in printed
-    assert "7 test images, 40 training images, 3 classes, temperature 0.07" in printed
-    assert f"     2{result['top1']['2']:>10.2f}{result['top5']['2']:>10.2f}\n" in printed
+    assert "7 test images, 40 training images, 3 classes\n" in printed
+    row = result["accuracy"][0]
+    assert f"     2    0.07{row['top1']:>10.2f}{row['top5']:>10.2f}\n" in printed
     assert "100.00   only 40 training images: all of them vote\n" in printed
 
 
@@ -446,7 +456,7 @@ def test_the_untrained_network_is_that_of_its_seed_and_no_other_draw_changes(bet
     for seed, result in results.items():
         imagenet = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
         assert result["transform"]["mean"] == imagenet["mean"]
-        assert result["top1"] == pytest.approx(
+        assert top1(result) == pytest.approx(
             expected_accuracy(seed, betons, "cls", (1, 5), **imagenet)
         )
 
@@ -461,7 +471,7 @@ def test_pixels_are_compared_as_they_lie_in_the_files(betons):
     (train, train_labels), (test, test_labels) = sets
     for k in (1, 5):
         oracle = sklearn_knn(k, 0.07, train, train_labels)
-        assert result["top1"][str(k)] == pytest.approx(100 * oracle.score(test, test_labels))
+        assert top1(result)[k] == pytest.approx(100 * oracle.score(test, test_labels))
     assert (result["source"], result["features"], result["arch"]) == ("pixels", "pixels", None)
 
 
@@ -470,20 +480,23 @@ def test_the_search_gets_the_views_and_settings_of_the_configuration(betons, mon
 
     def spy(*arguments):
         calls.append(arguments)
-        return knn_accuracy(*arguments)
+        return find_neighbours(*arguments)
 
-    monkeypatch.setattr(knn_evaluation, "knn_accuracy", spy)
-    config = knn_config(betons, pixels=True, k=(3, 4), temperature=0.5, batch_size=16)
+    monkeypatch.setattr(knn_evaluation, "find_neighbours", spy)
+    config = knn_config(betons, pixels=True, k=(3, 4), temperature=(0.5, 0.01), batch_size=16)
     config = dataclasses.replace(config, resize=27, crop=20, interpolation="bilinear")
-    evaluate_knn(config)
-    ((train, train_labels, test, test_labels, ks, temperature),) = calls
-    assert (ks, temperature) == ((3, 4), 0.5)
-    for path, features, labels in zip(
-        betons, (train, test), (train_labels, test_labels), strict=True
-    ):
-        ((images, expected, _),) = EvalLoader(path, EvalView(27, 20, "bilinear"), 99, num_threads=1)
-        assert torch.equal(features, images.flatten(1))
-        assert torch.equal(labels, expected)
+    result = evaluate_knn(config)
+    ((train, train_labels, test, k),) = calls  # one search
+    assert k == 4
+    sets = [next(iter(EvalLoader(p, EvalView(27, 20, "bilinear"), 99))) for p in betons]
+    assert torch.equal(train, sets[0][0].flatten(1))
+    assert torch.equal(train_labels, sets[0][1])
+    assert torch.equal(test, sets[1][0].flatten(1))
+    found = {(row["k"], row["temperature"]): row["top1"] for row in result["accuracy"]}
+    for (k, temperature), percent in found.items():
+        oracle = sklearn_knn(k, temperature, train, train_labels)
+        assert percent == pytest.approx(100 * oracle.score(test.double().numpy(), sets[1][1]))
+    assert len(found) == 4
 
 
 def test_files_whose_labels_do_not_fit_are_refused_by_name(betons, tmp_path):
@@ -547,8 +560,8 @@ def test_a_probe_equals_the_evaluation_and_leaves_the_model_as_it_was(betons):
     loaders = [EvalLoader(path, EvalView(32, 32), 16, num_threads=1) for path in betons]
     found = knn_probe(model, *loaders, ("patch", "cls"), 5, torch.device("cpu"), "fp32")
     imagenet = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-    for kind, top1 in found.items():
-        assert top1 == pytest.approx(expected_accuracy(3, betons, kind, (5,), **imagenet)["5"])
+    for kind, percent in found.items():
+        assert percent == pytest.approx(expected_accuracy(3, betons, kind, (5,), **imagenet)[5])
     assert list(found) == ["patch", "cls"]
     assert [module.training for module in model.modules()] == modes
     torch.set_rng_state(draws)
@@ -561,5 +574,114 @@ def test_folders_of_images_give_the_result_of_the_files_written_from_them(betons
         evaluate_knn(knn_config(pair, checkpoint=str(run), k=(1, 5, 20)))
         for pair in (betons, folders, (betons[0], folders[1]))
     ]
-    assert found[0]["top1"] == found[1]["top1"] == found[2]["top1"]
+    assert top1(found[0]) == top1(found[1]) == top1(found[2])
     assert found[1]["train"] == {"path": folders[0], "images": 40, "classes": 3}
+
+
+SMALL_PARTS = """
+import sys
+from ssl_xcit import feature_cache
+from ssl_xcit.config import run_command
+from ssl_xcit.eval_config import KnnConfig
+
+feature_cache.PART = 8
+run_command(KnnConfig, "ssl_xcit.knn_evaluation:evaluate_knn")
+"""
+
+
+def knn_command(tmp_path, betons, run, *options, ranks=1):
+    script = tmp_path / "small_parts.py"
+    script.write_text(SMALL_PARTS)
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    view = ["--resize", "32", "--crop", "32", "--num_workers", "1", "--device", "cpu"]
+    data = ["--train", betons[0], "--test", betons[1], "--checkpoint", str(run)]
+    return [*launcher, str(script), *data, *view, "--k", "1", "5", "20", *options]
+
+
+def test_a_killed_evaluation_continues_with_the_features_it_has(betons, run, tmp_path):
+    folder, out = tmp_path / "features", tmp_path / "result.json"
+    options = ["--save-features", str(folder), "--out", str(out)]
+    command = knn_command(tmp_path, betons, run, *options)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while len(list(folder.glob("train-*.safetensors"))) < 2 and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()
+    assert not (folder / "features.json").exists()
+    made = {path: path.stat().st_mtime_ns for path in folder.glob("train-*.safetensors")}
+    assert len(made) >= 2
+    subprocess.run(command, check=True, timeout=120, capture_output=True)
+    assert len(list(folder.glob("train-*.safetensors"))) == 5  # of 8 images
+    assert len(list(folder.glob("test-*.safetensors"))) == 6
+    assert all(path.stat().st_mtime_ns == when for path, when in made.items())
+    options = {"k": (1, 5, 20), "checkpoint": str(run)}
+    undisturbed = evaluate_knn(knn_config(betons, **options))
+    assert json.loads(out.read_text())["accuracy"] == undisturbed["accuracy"]
+
+    # and the search alone, from the folder
+    loaded = evaluate_knn(KnnConfig(load_features=str(folder), k=(1, 5, 20)))
+    stored = json.loads(json.dumps(undisturbed))
+    for key in ("accuracy", "arch", "checkpoint", "step", "train", "test", "transform"):
+        assert json.loads(json.dumps(loaded[key])) == stored[key]
+
+
+def test_two_ranks_predict_what_one_process_predicts(betons, run, tmp_path):
+    out = tmp_path / "result.json"
+    options = ["--save-features", str(tmp_path / "features"), "--out", str(out)]
+    command = knn_command(tmp_path, betons, run, *options, ranks=2)
+    subprocess.run(command, check=True, timeout=200, capture_output=True)
+    result = json.loads(out.read_text())
+    assert result["ranks"] == 2
+    alone = evaluate_knn(knn_config(betons, checkpoint=str(run), k=(1, 5, 20)))
+    assert result["accuracy"] == alone["accuracy"]
+    for name, path in zip(("train", "test"), betons, strict=True):
+        features = load_features(tmp_path / "features", name)["cls"]
+        assert features.indices.tolist() == list(range(len(Beton(path))))
+        assert features.labels.tolist() == Beton(path).labels.tolist()
+
+
+def test_features_of_another_evaluation_are_refused_and_not_overwritten(betons, run, tmp_path):
+    folder = tmp_path / "features"
+    config = knn_config(betons, checkpoint=str(run), k=(1,), save_features=str(folder))
+    evaluate_knn(config)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    others = {
+        "subject, statistics": {"checkpoint": "", "random_init": True, "arch": ARCH},
+        "view": {"resize": 36},
+        "kinds": {"features": "patch"},
+        "images": {"train": betons[1]},
+        "precision": {"precision": "bf16"},
+    }
+    for different, change in others.items():
+        with pytest.raises(UserError, match=rf"train-00000000.* \(different: {different}\)"):
+            evaluate_knn(dataclasses.replace(config, **change))
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+    file = folder / "test-00000000.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(UserError, match=r"test-00000000\.safetensors is damaged .*: remove it"):
+        evaluate_knn(KnnConfig(load_features=str(folder)))
+    with pytest.raises(UserError, match="damaged"):
+        evaluate_knn(config)
+    file.unlink()
+    evaluate_knn(config)  # makes it again
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    (folder / "features.json").unlink()
+    with pytest.raises(UserError, match=f"{folder} holds no complete features"):
+        evaluate_knn(KnnConfig(load_features=str(folder)))
+
+
+def test_a_fingerprint_tells_names_shapes_types_and_values_apart():
+    state = {"a": torch.arange(4.0), "b": torch.ones(2, 3)}
+    assert fingerprint(state) == fingerprint(dict(reversed(state.items())))
+    others = [
+        {"a": state["a"], "c": state["b"]},
+        {"a": state["a"], "b": state["b"].T},
+        {"a": state["a"], "b": state["b"].double()},
+        {"a": state["a"].nextafter(torch.tensor(9.0)), "b": state["b"]},
+    ]
+    assert len({fingerprint(other) for other in (state, *others)}) == 5
