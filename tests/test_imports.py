@@ -16,7 +16,7 @@ SCRIPTS = [ROOT / "main_dino.py", *(ROOT / "eval").glob("*.py"), *(ROOT / "launc
 ROWS = [
     ["errors"],
     ["options", "schedules", "distributed", "draws"],
-    ["config"],
+    ["config", "sync_batchnorm"],
     ["eval_config", "metrics", "xcit", "augment", "optim", "kernels", "images"],
     ["checkpoint", "dino", "beton"],
     ["loader", "features"],
