@@ -1,6 +1,6 @@
 # Every target does its own set-up, and is quick when that is done.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench oldest
+.PHONY: help setup demo test lint bench soak oldest
 python := .venv/bin/python
 
 help:  ## list the targets
@@ -21,6 +21,9 @@ lint: setup  ## ruff, rules and format
 
 bench: setup  ## every benchmark, each prints its table
 	@for script in benchmarks/*.py; do echo "== $$script"; $(python) $$script || exit 1; done
+
+soak: setup  ## the tests of reliability at full count, then 30 minutes of kills
+	SOAK=1 $(python) -m pytest tests/test_reliability.py tests/test_soak.py
 
 oldest:  ## the tests with the oldest promised PyTorch, in a second environment
 	scripts/oldest.sh

@@ -8,9 +8,10 @@ order in which a run meets it (all in ssl_xcit/):
 
     config.py       the settings, their defaults and bounds; configs/pretrain/<arch>.yaml over them
     options.py      how files and flags fill them
-    train.py        train(config): build, resume, then the loop; one step of Algorithm 1
+    train.py        train(config): builds networks, loss, optimiser and loader; Algorithm 1
+    engine.py       the loop and the step of every training (task.py: what it asks of one)
     run_folder.py   claims the run folder: whose it is, and what ran there
-    run.py          builds models, loss, optimiser and loader; saves and resumes them
+    saving.py       saves and resumes
     beton.py        the images: one memory-mapped file
     loader.py       decodes each image once and cuts all its views (kernels.py, augment.py)
     xcit.py         the backbone

@@ -1,15 +1,28 @@
-"""Submit a pretraining to SLURM: main_dino.py's options and the job's.
+"""Submit a pretraining or an evaluation to SLURM.
 
-    python launch/submit.py --arch xcit_small_12_p8 --data train.beton --out runs/a \
-        --slurm.partition gpu --slurm.nodes 8
-    python launch/submit.py ... --dry-run                print the resolved settings, submit nothing
-    python launch/submit.py ... --slurm.cluster local    without SLURM, on this machine
+    python launch/submit.py --arch xcit_small_12_p8 --data train.beton --nodes 8 --partition gpu
+    python launch/submit.py ... --dry-run             what would be submitted: the script, settings
+    python launch/submit.py ... --eval knn,linear     and these, when the training has ended
+    python launch/submit.py ... --sweep optim.lr=2.5e-4,5e-4 seed=0,1    a job for each combination
+    python launch/submit.py ... --cluster local       without SLURM, on this machine
+    python launch/submit.py eval knn --checkpoint runs/a --train train.beton --test val.beton
 
-The folder must be on a disk that all machines share; job logs are in its slurm/. The facts of your
-cluster go into configs/slurm.yaml. A preempted job is queued again and goes on from its folder.
+Every option of main_dino.py, or of eval/NAME.py, and the job's (--help lists them all). The facts
+of your cluster go into configs/slurm.yaml. The run folder must be on a disk that all machines
+share; the job's logs, and the copy of the program that it runs, are in its slurm/. A job that is
+preempted or reaches its time limit saves, is queued again and goes on. The work is done by
+ssl_xcit/slurm.py and job.py.
 """
 
+import sys
+
 from ssl_xcit.config import SubmitConfig, run_command
+from ssl_xcit.submission import submit_evaluation
 
 if __name__ == "__main__":
-    run_command(SubmitConfig, "ssl_xcit.slurm:submit", files=("slurm.yaml", "pretrain/{arch}.yaml"))
+    if sys.argv[1:2] == ["eval"]:
+        submit_evaluation(sys.argv[2:])
+    else:
+        run_command(
+            SubmitConfig, "ssl_xcit.slurm:submit", files=("slurm.yaml", "pretrain/{arch}.yaml")
+        )

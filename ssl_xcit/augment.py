@@ -15,7 +15,7 @@ Interpolation = Literal["bicubic", "bilinear"]
 
 @dataclass(frozen=True)
 class View:
-    """A random view, in this order: crop, flip, colour jitter, grayscale, blur, solarize.
+    """A random view, in this order: crop, flip, (one of,) colour jitter, grayscale, blur, solarize.
 
     Each operation has a probability of its own, drawn per image and view. On images of other than 3
     channels saturation, hue and grayscale do nothing.
@@ -50,13 +50,20 @@ class View:
     """Range of the blur's standard deviation, pixels."""
     solarize: float = 0.0
     """Probability of inverting values from 128 on."""
+    one_of: bool = False
+    """Exactly one of grayscale, solarize and blur, equally often and before the colour jitter;
+    their own probabilities are not asked then."""
+    simple_crop: bool = False
+    """Instead of the crop: the short side resized to `size`, and a square cut out that may reach
+    4 pixels over each edge, into the image's reflection. `scale` and `ratio` are not asked then."""
 
     def __post_init__(self) -> None:
         for name in ("flip", "jitter", "grayscale", "blur", "solarize"):
             _require(0 <= getattr(self, name) <= 1, self, name, "a probability in 0..1")
         for name in ("brightness", "contrast", "saturation"):
             _require(getattr(self, name) >= 0, self, name, "0 or more")
-        _require(self.size >= 1, self, "size", "at least 1 pixel")
+        least = 5 if self.simple_crop else 1  # a reflection of 4 pixels needs one more
+        _require(self.size >= least, self, "size", f"at least {least} pixel(s)")
         _require(0 <= self.hue <= 0.5, self, "hue", "within 0..0.5")
         low, high = self.scale
         _require(0 < low <= high <= 1, self, "scale", "0 < low <= high <= 1")
@@ -177,9 +184,36 @@ def supervised_views(
     size: int = 224,
     scale: tuple[float, float] = (0.08, 1.0),
     interpolation: Interpolation = "bicubic",
+    simple_crop: bool = False,
 ) -> list[list[View]]:
-    """One random resized crop and flip: linear probes and plain fine-tuning."""
-    return [[View(size, scale, interpolation=interpolation)]]
+    """One crop and flip: linear probes and plain fine-tuning."""
+    return [[View(size, scale, interpolation=interpolation, simple_crop=simple_crop)]]
+
+
+def three_augment_views(
+    size: int = 224,
+    scale: tuple[float, float] = (0.08, 1.0),
+    simple_crop: bool = False,
+    jitter: float = 0.3,
+    interpolation: Interpolation = "bicubic",
+) -> list[list[View]]:
+    """3-Augment (Touvron et al., "DeiT III", 2022, section 3): one view.
+
+    A crop and flip; one of grayscale, solarize and blur; jitter of brightness, contrast and
+    saturation. `simple_crop` is the paper's Simple Random Crop, else a random resized crop.
+    """
+    view = View(
+        size,
+        scale,
+        interpolation=interpolation,
+        simple_crop=simple_crop,
+        one_of=True,
+        jitter=float(jitter > 0),
+        brightness=jitter,
+        contrast=jitter,
+        saturation=jitter,
+    )
+    return [[view]]
 
 
 def _require(holds: bool, view: View | EvalView, name: str, expected: str) -> None:

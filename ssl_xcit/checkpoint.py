@@ -1,4 +1,7 @@
-"""Checkpoints: folders of safetensors and JSON, published atomically; and reading backbones.
+"""Checkpoints: folders of safetensors and JSON, published atomically; and reading any format.
+
+    python -m ssl_xcit.checkpoint info FILE
+    python -m ssl_xcit.checkpoint convert FILE OUT --to timm
 
 A checkpoint is `checkpoints/step_00001234/`:
 
@@ -10,10 +13,10 @@ A checkpoint is `checkpoints/step_00001234/`:
     manifest.json         bytes and sha256 of every file above, written last
 
 It is written beside its final name, flushed to disk, and renamed: a folder that has its final name
-and a matching manifest is complete. Nothing in it can execute code.
+and a matching manifest is complete. Nothing in it can execute code. `checkpoints/last` is a link to
+the newest.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -29,11 +32,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ssl_xcit.errors import UserError
-from ssl_xcit.xcit import VARIANTS
+from ssl_xcit.formats import CLASSIFIER, Contents, StateDict, listing
+from ssl_xcit.weights import ROLES, Read, Weights, identify, read_file
 
 FORMAT = 1  # raised when an older reader could misread a newer folder
-
-StateDict = dict[str, Tensor]
 
 
 class Saved(NamedTuple):
@@ -68,7 +70,7 @@ def save_checkpoint(
     """
     start = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step_{step:08d}"
+    final = step_folder(folder, step)
     temporary = folder / f".writing_{step:08d}"
     try:
         for stale in folder.glob(".writing_*"):
@@ -91,6 +93,7 @@ def save_checkpoint(
         if final.exists():  # an incomplete or damaged one of the same step
             shutil.rmtree(final)
         temporary.rename(final)
+        _point_to(folder / "last", final.name)
         _flush(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -101,6 +104,11 @@ def save_checkpoint(
     _prune(folder, keep_last)
     size = sum(entry["bytes"] for entry in files.values())
     return Saved(final, time.perf_counter() - start, size / 1e6)
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint after `step` finished steps is."""
+    return folder / f"step_{step:08d}"
 
 
 def load_latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -119,15 +127,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
     Raises UserError naming the file that is missing, cut or altered.
     """
-    files = _read_json(path / "manifest.json")["files"]
+    files = _manifest(path)
     for name, expected in files.items():
         file = path / name
         if not file.exists():
             raise UserError(f"{path} is incomplete: {name} is missing")
-        if file.stat().st_size != expected["bytes"]:
+        if file.stat().st_size != expected.get("bytes"):
             raise UserError(
                 f"{path} is damaged: {name} has {file.stat().st_size} bytes, "
-                f"its manifest says {expected['bytes']}"
+                f"its manifest says {expected.get('bytes')}"
             )
         if _fingerprint(file) != expected:
             raise UserError(f"{path} is damaged: the sha256 of {name} differs from its manifest")
@@ -143,26 +151,77 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, tensors, state)
 
 
-def read_backbone(path: Path | str, role: str = "teacher") -> tuple[str, StateDict, dict]:
-    """`read_state_dict`, and the name of the architecture it belongs to."""
-    state, info = read_state_dict(path, role)
-    return infer_arch(state, path), state, info
+def read_weights(path: Path | str, role: str = "teacher", arch: str = "") -> Weights:
+    """The network in any supported file or folder, its tensors checked one by one.
 
+    `path` is a run folder (its newest complete checkpoint), a checkpoint folder, or a file in any
+    format of `ssl_xcit.formats`: .safetensors, or .pth in torch's present or former container.
+    `role` matters where there are several networks: "teacher" or "student", "model" or
+    "model_ema"; a file without teacher and student gives its only or its first network for these
+    two. `arch`, if given, must be what the file holds; otherwise its tensors tell.
 
-def read_state_dict(path: Path | str, role: str = "teacher") -> tuple[StateDict, dict]:
-    """A backbone's official state dict (no head), and its provenance: path, step, role.
+    info: path, step (None for a file), role, format ("official", "dino", "dino_backbone", "timm",
+    "mmpretrain", or "ssl_xcit"), num_classes (0: no classifier), tensors (of this network in the
+    file, a projection head included), roles (all there are), ignored (entries of the file that
+    belong to its training).
 
-    `path` is a run folder (its newest complete checkpoint), a checkpoint folder, a .safetensors
-    file, or a .pth in the official layouts: DINO full (`student` / `teacher`), DINO backbone only,
-    supervised (`model`). `role` is "teacher" or "student" where the file holds both.
-    Raises UserError when nothing there is a backbone.
+    Raises UserError for whatever is not an XCiT to the last tensor. Runs no code of the file.
     """
+    return read_network(path, role, arch).weights
+
+
+def read_network(path: Path | str, role: str = "teacher", arch: str = "") -> Read:
+    """What `read_weights` reads, and the projection head and centre that DINO keeps beside it."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"no checkpoint at {path}: expected a run folder, a checkpoint or a file")
     if path.is_file():
-        state, found = _read_file(path, role)
-        return _backbone_only(state), {"path": str(path), "step": None, "role": found}
+        return identify(read_file(path), path, role, arch)
+    path, step, contents = _read_folder(path)
+    return identify(contents, path, role, arch, step)
+
+
+def read_backbone(
+    path: Path | str, role: str = "teacher", arch: str = ""
+) -> tuple[str, StateDict, dict]:
+    """(architecture, state dict without classifier, info) of what `read_weights` reads."""
+    arch, state, info = read_weights(path, role, arch)
+    return arch, _without_classifier(state), info
+
+
+def read_dino_model(
+    path: Path | str, role: str = "teacher"
+) -> tuple[str, StateDict, StateDict | None, Tensor | None, dict]:
+    """(architecture, backbone, projection head, centre, info): what DINO training starts from.
+
+    The head has `ssl_xcit.dino.DINOHead`'s names. Head and centre are None where there is none,
+    as in a backbone or a supervised model (whose classifier is left out: info's num_classes).
+    """
+    weights, head, center = read_network(path, role)
+    return weights.arch, _without_classifier(weights.state), head or None, center, weights.info
+
+
+def read_linear_weights(path: Path | str) -> tuple[Tensor, Tensor]:
+    """(weight (classes, features), bias (classes)) of a DINO linear probe's file."""
+    if not Path(path).is_file():
+        raise UserError(f"no file at {path}: expected the linear weights of DINO")
+    state = next(iter(read_file(Path(path)).networks.values()))
+    state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
+    if state.keys() != {"linear.weight", "linear.bias"}:
+        raise UserError(
+            f"{path} holds no linear probe: expected linear.weight and linear.bias, got "
+            f"{listing(state)}"
+        )
+    weight, bias = state["linear.weight"], state["linear.bias"]
+    if weight.ndim != 2 or bias.shape != weight.shape[:1]:
+        raise UserError(
+            f"{path} holds no linear probe: weight {tuple(weight.shape)}, bias {tuple(bias.shape)}"
+        )
+    return weight, bias
+
+
+def _read_folder(path: Path) -> tuple[Path, int, Contents]:
+    """A checkpoint folder of ours, or a run folder's newest: its path, its step and networks."""
     if (path / "manifest.json").exists():
         checkpoint = load_checkpoint(path)
     else:
@@ -170,56 +229,35 @@ def read_state_dict(path: Path | str, role: str = "teacher") -> tuple[StateDict,
         if checkpoint is None:
             why = "; ".join(skipped) or f"no {path / 'checkpoints'}/step_* in it"
             raise UserError(f"{path} holds no complete checkpoint: {why}")
-    info = {"path": str(checkpoint.path), "step": checkpoint.state["step"], "role": role}
-    return _backbone_only(checkpoint.tensors[role]), info
+    groups = checkpoint.tensors
+    networks = {role: groups[role] for role in ROLES if role in groups}
+    if not networks:
+        raise UserError(f"{checkpoint.path} holds no network but {listing(groups)}")
+    contents = Contents(networks, groups.get("loss", {}).get("center"), [], ours=True)
+    return checkpoint.path, checkpoint.state["step"], contents
 
 
-def infer_arch(backbone: StateDict, path: Path | str = "the state dict") -> str:
-    """The architecture name whose sizes these official keys have; UserError when there is none."""
-    if "cls_token" not in backbone:
-        raise UserError(f"{path} is not an XCiT in the official key names: it has no cls_token")
-    embed_dim = backbone["cls_token"].shape[-1]
-    depth = 1 + max(int(key.split(".")[1]) for key in backbone if key.startswith("blocks."))
-    convolutions = sum(
-        key.startswith("patch_embed.proj.") and key.endswith(".0.weight") for key in backbone
-    )
-    patch_size = 2**convolutions  # each convolution of the stem halves the image
-    for name, variant in VARIANTS.items():
-        if (variant.embed_dim, variant.depth) == (embed_dim, depth):
-            return f"{name}_p{patch_size}"
-    raise UserError(
-        f"{path}: no architecture has width {embed_dim} and depth {depth}; "
-        f"expected one of {', '.join(VARIANTS)}"
-    )
+def _without_classifier(state: StateDict) -> StateDict:
+    return {key: tensor for key, tensor in state.items() if key not in CLASSIFIER}
 
 
-def _read_file(path: Path, role: str) -> tuple[StateDict, str]:
-    """The state dict of a single file, and the role it holds."""
-    if path.suffix == ".safetensors":
-        return load_file(path), path.stem
-    try:
-        # DINO's full checkpoints carry their command line as an argparse.Namespace: plain data.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for foreign, cut or unsafe files
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{path} cannot be read safely as a checkpoint: {reason}") from error
-    if role in content:
-        return content[role], role
-    for key in ("model", "state_dict"):
-        if key in content:
-            return content[key], key
-    return content, "backbone"
+def _manifest(path: Path) -> dict[str, dict]:
+    """The files of a checkpoint folder with their sizes and sums."""
+    content = _read_json(path / "manifest.json")
+    files = content.get("files") if isinstance(content, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
+        raise UserError(f"{path} is damaged: manifest.json does not list its files")
+    if "state.json" not in files:
+        raise UserError(f"{path} is damaged: its manifest does not list state.json")
+    return files
 
 
-def _backbone_only(state: StateDict) -> StateDict:
-    """Official backbone keys: `module.` and `backbone.` stripped at the start, heads left out."""
-    backbone = {}
-    for key, tensor in state.items():
-        key = key.removeprefix("module.").removeprefix("backbone.")
-        if not key.startswith("head."):
-            backbone[key] = tensor
-    return backbone
+def _point_to(link: Path, name: str) -> None:
+    """Make `link` a symbolic link to `name`, in one step; for people, nothing here reads it."""
+    new = link.with_name(f".{link.name}")
+    new.unlink(missing_ok=True)
+    new.symlink_to(name)
+    new.replace(link)
 
 
 def _published(folder: Path) -> list[Path]:
@@ -261,3 +299,15 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def main() -> None:
+    """The command line: convert and info."""
+    # lazily: it is built on this module
+    from ssl_xcit.convert import main as command
+
+    command()
+
+
+if __name__ == "__main__":
+    main()

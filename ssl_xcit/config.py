@@ -43,6 +43,8 @@ RUN_KEYS_THAT_MAY_CHANGE = frozenset(
         "run.compile",
         "run.log_every",
         "run.save_every",
+        "run.max_bad_steps",
+        "run.stall_timeout",
         "run.keep_last",
         "run.saveckp_freq",
         "probe.every",
@@ -64,6 +66,7 @@ BOUNDS = {
     "> 0": lambda number: 0 < number < math.inf,
     ">= 0": lambda number: 0 <= number < math.inf,
     ">= 1": lambda number: 1 <= number < math.inf,
+    ">= 2": lambda number: 2 <= number < math.inf,
     "in [0, 0.5]": lambda number: 0 <= number <= 0.5,
     "in [0, 1]": lambda number: 0 <= number <= 1,
     "in [0, 1)": lambda number: 0 <= number < 1,
@@ -164,6 +167,10 @@ class Model:
     """Stochastic depth of the student: the same rate in every block."""
     in_chans: int = 3
     """Channels of an image."""
+    init_from: str = ""
+    """Start from these weights: a full checkpoint (a run's, DINO's) or a backbone of any format."""
+    init_parts: Literal["all", "backbone"] = "all"
+    """Of init_from: backbone, head and center as far as it holds them, or the backbone alone."""
 
     def __post_init__(self) -> None:
         check(self, "in [0, 1)", "drop_path_rate")
@@ -270,12 +277,19 @@ class Run:
     """Newest checkpoints that are kept."""
     saveckp_freq: int = 20
     """Epochs between two checkpoints that are kept for good; 0 = none."""
+    sync_bn: bool = True
+    """BatchNorm over the batches of all ranks; false: over each micro-batch."""
+    max_bad_steps: int = 10
+    """Steps in a row with a loss or gradient that is not finite before the run gives up."""
+    stall_timeout: float = 600.0
+    """Seconds that a rank waits for another before it says which one and ends; 0 = for ever."""
     deterministic: bool = False
     """The same bits on every run of a GPU too, at some cost of speed."""
 
     def __post_init__(self) -> None:
-        check(self, ">= 0", "num_workers", "save_every", "saveckp_freq")
-        check(self, ">= 1", "log_every", "keep_last")
+        check(self, ">= 0", "num_workers", "save_every", "saveckp_freq", "stall_timeout")
+        check(self, ">= 1", "log_every", "max_bad_steps")
+        check(self, ">= 2", "keep_last")
 
 
 @dataclass(frozen=True)
@@ -343,12 +357,16 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class SlurmConfig:
-    """The SLURM job"""
+    """The job"""
 
     cluster: Literal["slurm", "local", "debug"] = "slurm"
     """slurm; local = processes on this machine; debug = this very process."""
     dry_run: bool = False
-    """Print the resolved settings and submit nothing."""
+    """Print the script that sbatch would be given and every setting; submit nothing."""
+    runs: str = "runs"
+    """Folder of run folders where --out does not say otherwise; all machines must share it."""
+    images: str = ""
+    """The .beton to pretrain on where --data does not say otherwise."""
     partition: str = ""
     """Partition; by default the cluster's own choice, as for the next three."""
     account: str = ""
@@ -360,30 +378,53 @@ class SlurmConfig:
     nodes: int = 1
     """Machines."""
     gpus_per_node: int = 8
-    """GPUs per machine, one process for each; 0 = one process on the CPU."""
+    """GPUs per machine, one process for each; 0 = on the CPU."""
+    tasks_per_node: int = 0
+    """Processes per machine; 0 = one for each GPU, or one on the CPU."""
     cpus_per_task: int = 10
     """Cores per process."""
-    mem_gb: int = 0
+    mem: float = 0.0
     """Memory per machine, GiB; 0 = the cluster's default."""
-    hours: float = 48.0
-    """Time limit; a job that reaches it is queued again and goes on."""
+    time: float = 48.0
+    """Time limit, hours; a job that reaches it saves, is queued again and goes on."""
     signal_delay: int = 120
-    """Seconds before the limit at which the job is told to save and stop."""
-    max_timeouts: int = 30
-    """How many times a job is queued again after reaching its limit."""
+    """Seconds before the limit at which the job is told to save and stop: a step and a save."""
+    max_idle_attempts: int = 10
+    """Attempts in a row that may begin at the same step; then the job gives up."""
+    additional: str = ""
+    """Any other option of sbatch, as "nodelist=n[1-4] exclusive"."""
+    setup: str = ""
+    """Lines of shell before the job's processes start, such as "module load cuda"."""
+    eval: tuple[str, ...] = ()
+    """Evaluations to submit, too, once the training has ended: knn, linear, finetune."""
+    eval_train: str = ""
+    """Labelled images to learn from in these; by default --probe_train."""
+    eval_test: str = ""
+    """Labelled images to classify in these; by default --probe_test."""
+    sweep: tuple[str, ...] = ()
+    """A job for each combination, as "optim.lr=2.5e-4,5e-4 seed=0,1"; --out holds their folders."""
 
     def __post_init__(self) -> None:
-        check(self, ">= 1", "nodes", "cpus_per_task")
-        check(self, ">= 0", "gpus_per_node", "mem_gb", "signal_delay", "max_timeouts")
-        check(self, "> 0", "hours")
+        check(self, ">= 1", "nodes", "cpus_per_task", "max_idle_attempts")
+        check(self, ">= 0", "gpus_per_node", "tasks_per_node", "mem", "signal_delay")
+        check(self, "> 0", "time")
         if self.cluster != "slurm" and self.nodes > 1:
             raise UserError(f"nodes must be 1 with cluster {self.cluster}, got {self.nodes}")
+        if self.cluster == "slurm" and self.signal_delay >= 3600 * self.time:
+            raise UserError(
+                f"signal_delay must be < the time limit ({3600 * self.time:g} s), got "
+                f"{self.signal_delay}"
+            )
 
 
 @dataclass(frozen=True)
 class SubmitConfig(TrainConfig):
     """Submit the pretraining of an XCiT to SLURM; every option of main_dino.py, and the job's."""
 
+    data: str = ""
+    """The .beton file with the images, by default that of configs/slurm.yaml."""
+    out: str = ""
+    """The run folder, by default RUNS/ARCH; the same command again continues the run in it."""
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
 

@@ -1,6 +1,7 @@
 """The main job end to end on real images: `python -m ssl_xcit.demo [--out runs/demo] [--fresh]`.
 
-Fashion-MNIST -> two .beton files -> DINO pretraining of an xcit_nano_12_p8 -> k-NN -> a picture.
+Fashion-MNIST -> two .beton files -> DINO pretraining of an xcit_nano_12_p8 -> k-NN and linear probe
+-> a picture.
 Every stage is a command of the project, printed before it runs. A stage whose result is already in
 the folder is not repeated, so the second call only prints the table; a killed one continues.
 """
@@ -19,7 +20,8 @@ from ssl_xcit.metrics import read_metrics
 ROOT = CONFIGS.parent
 TRAIN_IMAGES, TEST_IMAGES = 10_000, 2_000
 KINDS = ("cls", "patch")
-VIEW = ["--resize", "32", "--crop", "32", "--k", "[20]"]
+VIEW = ["--resize", "32", "--crop", "32"]
+LINEAR = ["--mode", "fast", "--features", "cls+patch", "--l2", "0.1", "0.01", "0.001", "0.0001"]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -38,6 +40,8 @@ def main(argv: list[str] | None = None) -> None:
 def forget(out: Path) -> None:
     """Remove the last run and its results, and nothing else that may lie in the folder."""
     shutil.rmtree(out / "run", ignore_errors=True)
+    for folder in out.glob("linear_*"):
+        shutil.rmtree(folder)
     for result in (*out.glob("knn_*.json"), *out.glob("curves*.png")):
         result.unlink()
 
@@ -56,7 +60,7 @@ def demo(out: Path, seed: int = 0) -> None:
         options = ["--config", str(CONFIGS / "demo.yaml"), "--data", str(train), "--out", str(run)]
         _run(str(ROOT / "main_dino.py"), *options, *probe, "--seed", str(seed))
         finished.touch()
-    rows = {"raw pixels": [_knn(out, train, test, "pixels", "--pixels", "true")] * 2}
+    rows = {"raw pixels": [_knn(out, train, test, "pixels", "--pixels", "true")]}
     config = read_config(TrainConfig, run / "config.yaml")
     start = ("--arch", config.arch, "--random_init", "true", "--seed", str(config.seed))
     sources = {
@@ -67,6 +71,7 @@ def demo(out: Path, seed: int = 0) -> None:
         rows[label] = [
             _knn(out, train, test, f"{name}_{kind}", *source, "--features", kind) for kind in KINDS
         ]
+        rows[label].append(_linear(out, train, test, name, *source))
     metrics = read_metrics(run / "metrics.jsonl")
     picture = out / "curves.png"
     draw_curves(metrics, rows, config, picture)
@@ -75,16 +80,19 @@ def demo(out: Path, seed: int = 0) -> None:
 
 
 def table(rows: dict[str, list[float]], metrics: list[dict]) -> str:
-    """The result as text: k-NN top-1 in percent by source of the features, and the loss."""
+    """The result as text: top-1 in percent by source of the features, and the loss.
+
+    Rows are k-NN of the cls token and of the mean patch token, and the linear probe of both; of
+    pixels, k-NN alone.
+    """
     lines = [
-        f"k-NN top-1 (k = 20) on {TEST_IMAGES:,} test images, {TRAIN_IMAGES:,} training images",
-        f"{'features':<22}{'cls token':>12}{'mean of patches':>18}",
+        f"top-1 in % on {TEST_IMAGES:,} test images, {TRAIN_IMAGES:,} training images",
+        f"{'':<22}{'k-NN, k = 20':^30}{'linear':>10}",
+        f"{'features':<22}{'cls token':>12}{'mean of patches':>18}{'both':>10}",
     ]
-    for label, (cls, patch) in rows.items():
-        if label == "raw pixels":
-            lines.append(f"{label:<22}{cls:>12.1f}{'':>18}")
-        else:
-            lines.append(f"{label:<22}{cls:>12.1f}{patch:>18.1f}")
+    for label, values in rows.items():
+        columns = zip(values, (12, 18, 10), strict=False)
+        lines.append(f"{label:<22}" + "".join(f"{value:>{width}.1f}" for value, width in columns))
     first, last = metrics[0]["train/loss"], metrics[-1]["train/loss"]
     lines.append(f"loss {first:.2f} -> {last:.2f} in {metrics[-1]['step'] + 1} steps")
     return "\n" + "\n".join(lines)
@@ -130,8 +138,17 @@ def _knn(out: Path, train: Path, test: Path, name: str, *source: str) -> float:
     result = out / f"knn_{name}.json"
     if not result.exists():
         data = ["--train", str(train), "--test", str(test), "--out", str(result)]
-        _run(str(ROOT / "eval" / "knn.py"), *source, *data, *VIEW)
+        _run(str(ROOT / "eval" / "knn.py"), *source, *data, *VIEW, "--k", "20")
     return json.loads(result.read_text())["accuracy"][0]["top1"]
+
+
+def _linear(out: Path, train: Path, test: Path, name: str, *source: str) -> float:
+    """Top-1 in percent of the fast linear probe, from the stored result when there is one."""
+    folder = out / f"linear_{name}"
+    if not (folder / "result.json").exists():
+        data = ["--train", str(train), "--test", str(test), "--out", str(folder)]
+        _run(str(ROOT / "eval" / "linear.py"), *source, *data, *VIEW, *LINEAR)
+    return json.loads((folder / "result.json").read_text())["fast"]["top1"]
 
 
 def _run(*arguments: str) -> None:

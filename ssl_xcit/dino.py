@@ -1,7 +1,7 @@
 """The method: head, multi-crop forward, loss with its centre, teacher update.
 
 Caron et al. 2021, "Emerging Properties in Self-Supervised Vision Transformers", Algorithm 1;
-constants as in facebookresearch/dino. `ssl_xcit.train.train_step` puts the pieces together.
+constants as in facebookresearch/dino. `ssl_xcit.train.Pretraining` puts the pieces together.
 """
 
 import itertools
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 
@@ -156,13 +156,18 @@ class DINOLoss(nn.Module):
         return -total / (n * (2 * views - 2))
 
     @torch.no_grad()
-    def update_center(self, teacher_logits_mean: Float[Tensor, "1 k"]) -> None:
+    def update_center(
+        self, teacher_logits_mean: Float[Tensor, "1 k"], skip: Bool[Tensor, ""] | None = None
+    ) -> None:
         """center = m center + (1 - m) mean, once per step and after the step's losses.
 
         `teacher_logits_mean`: mean of the teacher's raw logits over both global views, all
-        micro-batches and all ranks; the caller averages.
+        micro-batches and all ranks; the caller averages. Where `skip` is true nothing changes.
         """
-        self.center.lerp_(teacher_logits_mean.to(self.center.dtype), 1 - self.center_momentum)
+        moved = self.center.lerp(
+            teacher_logits_mean.to(self.center.dtype), 1 - self.center_momentum
+        )
+        self.center.copy_(moved if skip is None else torch.where(skip, self.center, moved))
 
 
 @torch.no_grad()
@@ -191,12 +196,21 @@ def loss_statistics(
 
 
 @torch.no_grad()
-def update_teacher(student: nn.Module, teacher: nn.Module, momentum: float) -> None:
+def update_teacher(
+    student: nn.Module, teacher: nn.Module, momentum: float, skip: Bool[Tensor, ""] | None = None
+) -> None:
     """teacher = momentum teacher + (1 - momentum) student, over parameters, in place.
 
     Buffers are left alone, as in DINO: the teacher runs in train mode, normalises by its own
-    batches and keeps its own BatchNorm statistics, of global views only.
+    batches and keeps its own BatchNorm statistics, of global views only. Where `skip` is true
+    nothing changes; a GPU is not waited for.
     """
     ours, theirs = list(teacher.parameters()), list(student.parameters())
     assert len(ours) == len(theirs)
-    torch._foreach_lerp_(ours, theirs, 1 - momentum)
+    if skip is None or skip.device.type == "cpu":
+        if skip is None or not skip:
+            torch._foreach_lerp_(ours, theirs, 1 - momentum)
+        return
+    steps = torch._foreach_sub(theirs, ours)
+    torch._foreach_mul_(steps, torch.where(skip, 0.0, 1 - momentum))
+    torch._foreach_add_(ours, steps)

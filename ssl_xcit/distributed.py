@@ -1,11 +1,15 @@
-"""One process or several: set-up from torchrun's environment, and the collectives we use.
+"""One process or several: who is who, and the collectives we use.
 
-Alone (no RANK and WORLD_SIZE, or WORLD_SIZE=1) no process group is created and every collective
-here returns at once, so the callers need no branch.
+Who started the processes is told by their environment, in this order: torchrun (or anything that
+sets its variables), submitit, plain SLURM (`srun python ...`), nobody. Alone, or in a world of one,
+no process group is created and every collective here returns at once, so the callers need no
+branch.
 """
 
 import os
-from collections.abc import Iterable
+import re
+import zlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -29,8 +33,26 @@ class Distributed:
     device: torch.device
 
 
+@dataclass(frozen=True)
+class Place:
+    """What a launcher's variables say about this process.
+
+    `address` and `port`: where rank 0 waits for the others. `own_gpu`: the launcher shows each
+    process the GPUs that are meant for it alone.
+    """
+
+    launcher: str
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    address: str = "localhost"
+    port: int = 0
+    own_gpu: bool = False
+
+
 def setup(device: str = "auto", timeout_s: float = 1800.0) -> Distributed:
-    """Join the run that torchrun (or submitit, with the same variables) started, or stand alone.
+    """Join the others that a launcher started, or stand alone, and print which.
 
     `device` is "auto" (CUDA where there is any), "cpu" or "cuda". CPU tensors travel by gloo, CUDA
     tensors by NCCL; on CUDA both exist, so features kept in host memory can be gathered too.
@@ -40,24 +62,101 @@ def setup(device: str = "auto", timeout_s: float = 1800.0) -> Distributed:
     Raises UserError for an unknown or absent device, more ranks than GPUs on this machine, or an
     incomplete environment.
     """
-    if not {"RANK", "WORLD_SIZE"} & os.environ.keys():
-        return Distributed(0, 1, 0, _prepare(choose_device(device, 0)))
-    missing = [name for name in TORCHRUN if name not in os.environ]
+    place = find_place(os.environ)
+    chosen = _prepare(choose_device(device, 0 if place.own_gpu else place.local_rank))
+    if place.world_size > 1:
+        # Whoever needs them finds torchrun's variables, whatever the launcher
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = place.address, str(place.port)
+        os.environ["LOCAL_WORLD_SIZE"] = str(place.local_world_size)
+    # torchrun and srun mix the ranks' output, submitit has a log for each
+    if place.rank == 0 or place.launcher == "submitit":
+        print(_describe(place, chosen), flush=True)
+    if place.world_size > 1:
+        cuda = chosen.type == "cuda"
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            timeout=timedelta(seconds=timeout_s),
+            rank=place.rank,
+            world_size=place.world_size,
+            device_id=chosen if cuda else None,
+        )
+    return Distributed(place.rank, place.world_size, place.local_rank, chosen)
+
+
+def find_place(environment: Mapping[str, str]) -> Place:
+    """Who this process is by the variables of its launcher.
+
+    Raises UserError when only a part of torchrun's variables is there.
+    """
+    if {"RANK", "WORLD_SIZE"} & environment.keys():
+        return _torchrun_place(environment)
+    if environment.get("SUBMITIT_EXECUTOR") == "local":
+        job, tasks = environment["SUBMITIT_LOCAL_JOB_ID"], int(environment["SUBMITIT_LOCAL_NTASKS"])
+        rank = int(environment["SUBMITIT_LOCAL_GLOBALID"])
+        return Place("submitit", rank, tasks, rank, tasks, "localhost", rendezvous_port(job))
+    # A batch script has SLURM's variables too, but only a step's processes are many
+    if {"SLURM_STEP_ID", "SLURM_PROCID"} <= environment.keys():
+        return _slurm_place(environment)
+    return Place("no launcher")
+
+
+def _torchrun_place(environment: Mapping[str, str]) -> Place:
+    missing = [name for name in TORCHRUN if name not in environment]
     if missing:
         raise UserError(
             f"expected the environment of torchrun ({', '.join(TORCHRUN)}), {', '.join(missing)} "
             "missing: start with torchrun, or unset RANK and WORLD_SIZE to run one process"
         )
-    rank, world_size, local_rank = (int(os.environ[name]) for name in TORCHRUN[:3])
-    chosen = _prepare(choose_device(device, local_rank))
-    if world_size > 1:
-        cuda = chosen.type == "cuda"
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            timeout=timedelta(seconds=timeout_s),
-            device_id=chosen if cuda else None,
-        )
-    return Distributed(rank, world_size, local_rank, chosen)
+    rank, world_size, local_rank = (int(environment[name]) for name in TORCHRUN[:3])
+    local_world_size = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    return Place("torchrun", rank, world_size, local_rank, local_world_size, address, port)
+
+
+def _slurm_place(environment: Mapping[str, str]) -> Place:
+    job, step = environment["SLURM_JOB_ID"], environment["SLURM_STEP_ID"]
+    counts = tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
+    return Place(
+        "submitit" if environment.get("SUBMITIT_EXECUTOR") == "slurm" else "SLURM",
+        int(environment["SLURM_PROCID"]),
+        int(environment["SLURM_STEP_NUM_TASKS"]),
+        int(environment["SLURM_LOCALID"]),
+        counts[int(environment["SLURM_NODEID"])],
+        first_host(environment["SLURM_STEP_NODELIST"]),
+        rendezvous_port(f"{job}.{step}", int(environment.get("SLURM_RESTART_COUNT", "0"))),
+        own_gpu="SLURM_GPUS_PER_TASK" in environment,
+    )
+
+
+def rendezvous_port(job: str, attempt: int = 0) -> int:
+    """Where the ranks of an attempt meet: the same for all of them, without asking anybody.
+
+    Another attempt at the same job has another port, so what may be left of its predecessor on a
+    lost node cannot join it. Below 32768, where systems begin to hand out ports by themselves.
+    """
+    return 10_000 + (zlib.crc32(job.encode()) + attempt) % 20_000
+
+
+def first_host(nodes: str) -> str:
+    """The first of SLURM's list of nodes: "gpu[03-04,7]-ib,login1" -> "gpu03-ib"."""
+    first = re.match(r"(?:[^,\[]|\[[^]]*\])+", nodes).group()
+    return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", first)
+
+
+def tasks_per_node(counts: str) -> list[int]:
+    """SLURM's "2(x3),1" -> [2, 2, 2, 1]."""
+    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
+    return [int(count) for count, times in found for _ in range(int(times or 1))]
+
+
+def _describe(place: Place, device: torch.device) -> str:
+    if place.world_size == 1:
+        return f"one process ({place.launcher}) on {device}"
+    return (
+        f"rank {place.rank} of {place.world_size} ({place.launcher}), the machine's number "
+        f"{place.local_rank} of {place.local_world_size}, on {device}; rank 0 is at "
+        f"{place.address}:{place.port}"
+    )
 
 
 def choose_device(device: str, local_rank: int) -> torch.device:
@@ -94,6 +193,20 @@ def all_reduce_mean(tensor: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         dist.all_reduce(tensor)  # gloo has no mean
         tensor /= dist.get_world_size()
     return tensor
+
+
+def maximum(value: int) -> int:
+    """The largest of the ranks' values, which wait for each other."""
+    if not dist.is_initialized():
+        return value
+    shared = torch.tensor(value)  # on the CPU: gloo carries it, no GPU is waited for
+    dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return int(shared)
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether it is true on any rank; the ranks wait for each other."""
+    return maximum(int(flag)) > 0
 
 
 def gather_variable(tensor: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "m ..."]:

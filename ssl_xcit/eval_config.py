@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from ssl_xcit.config import Device, Interpolation, Precision, check, check_arch
+from ssl_xcit.config import Device, Interpolation, Precision, check, check_arch, check_range
 from ssl_xcit.errors import UserError
 
-Features = Literal["cls", "patch", "cls+patch"]
+Features = Literal["cls", "patch", "cls+patch", "inputs1", "inputs2"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class KnnConfig:
     temperature: tuple[float, ...] = (0.07,)
     """A neighbour of cosine similarity s has exp(s / temperature) votes; one result for each."""
     features: Features = "cls"
-    """Class token, mean of the patch tokens, or both."""
+    """Class token, mean patch token, both, or what enters the last n layers of class attention."""
     role: Literal["teacher", "student"] = "teacher"
     """Whose weights are read from a run."""
     resize: int = 256
@@ -78,5 +78,98 @@ class KnnConfig:
         check(self, "in [0, 2^63)", "seed")
         if not (self.k and self.temperature):
             raise UserError("k and temperature must name at least one number, got none")
+        if self.crop > self.resize:
+            raise UserError(f"crop must be <= resize ({self.resize}), got {self.crop}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearConfig:
+    """Classify images by linear classifiers of their frozen features.
+
+    official: DINO's protocol, SGD on random views, for every learning rate and kind of feature at
+    once; fast: the features of central views once, then logistic regression for every strength of
+    regularisation and kind of feature. Both choose by images held out of --train, and the chosen
+    classifier meets --test once.
+    """
+
+    test: str
+    """Labelled images to classify at the end: a .beton, or a folder of class folders."""
+    train: str = ""
+    """Labelled images to learn from: a .beton; for --mode fast a folder of class folders, too."""
+    checkpoint: str = ""
+    """Run folder or checkpoint whose backbone makes the features."""
+    arch: str = ""
+    """Architecture of --random-init, or of a checkpoint that does not say its own."""
+    random_init: bool = False
+    """Baseline: the untrained network of --arch."""
+    role: Literal["teacher", "student"] = "teacher"
+    """Whose weights are read from a run."""
+    mode: Literal["both", "official", "fast"] = "both"
+    """Protocols to follow: hours, minutes, or both side by side."""
+    evaluate: str = ""
+    """Train nothing: test this classifier, a folder with our linear.json or DINO's linear file."""
+    features: tuple[Features, ...] = ("cls", "cls+patch", "inputs1", "inputs2")
+    """Kinds of features to choose from; published numbers of XCiT are of cls alone."""
+    held_out: float = 0.1
+    """Share of --train that only chooses; 0 = none, with one kind and one value of each sort."""
+    lr: tuple[float, ...] = (1e-4, 3e-4, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+    """Official: learning rates to choose from, for 256 images per step (scaled linearly)."""
+    epochs: int = 100
+    """Official: length of the training."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Official: range of a random crop's share of the image."""
+    l2: tuple[float, ...] = (1.0, 0.1, 0.01, 0.001, 1e-4, 1e-5, 1e-6)
+    """Fast: strengths to choose from; l2 / 2 x the weights' squared length joins the mean loss."""
+    iterations: int = 300
+    """Fast: at most this many of L-BFGS for one strength."""
+    resize: int = 256
+    """Shorter side after resizing, pixels; held-out and test images, fast: training images too."""
+    crop: int = 224
+    """Side of the central crop, and of official's random ones, pixels."""
+    interpolation: Interpolation = "bicubic"
+    """How images are resized for the central crop; random ones are bilinear."""
+    batch_size: int = 256
+    """Images per step, over all ranks."""
+    num_workers: int = 0
+    """Loader threads per rank; 0 = this rank's share of the cores."""
+    device: Device = "auto"
+    """auto takes the GPU if there is one."""
+    precision: Precision = "fp32"
+    """Of the backbone: float32, or bf16 autocast."""
+    seed: int = 0
+    """Of the choice of held-out images, views, order, initial weights and --random-init."""
+    save_every: float = 10.0
+    """Official: minutes between saves, besides those at the end of each epoch."""
+    out: str = ""
+    """Folder for result, classifiers and what a killed run continues from."""
+
+    def __post_init__(self) -> None:
+        if bool(self.checkpoint) == self.random_init:
+            raise UserError("give exactly one of --checkpoint and --random-init (with --arch)")
+        if self.random_init or self.arch:
+            check_arch(self.arch)
+        missing = [f"--{name}" for name in ("train", "out") if not getattr(self, name)]
+        if missing and not self.evaluate:
+            raise UserError(f"missing {', '.join(missing)} (--help describes every option)")
+        if self.evaluate and self.train:
+            raise UserError("--evaluate trains nothing: drop --train")
+        check(self, ">= 1", "epochs", "iterations", "resize", "crop", "batch_size")
+        check(self, ">= 0", "num_workers")
+        check(self, "> 0", "lr", "l2", "save_every")
+        check(self, "in (0, 1]", "scale")
+        check_range(self, "scale")
+        check(self, "in [0, 1)", "held_out")
+        check(self, "in [0, 2^63)", "seed")
+        grids = {"features": self.features}
+        grids |= {"lr": self.lr} if self.mode != "fast" else {}
+        grids |= {"l2": self.l2} if self.mode != "official" else {}
+        for name, values in grids.items():
+            if not values or len(set(values)) < len(values):
+                raise UserError(f"{name} must name at least one value, each once, got {values}")
+            if self.held_out == 0 and len(values) > 1 and not self.evaluate:
+                raise UserError(
+                    f"held_out must be above 0 to choose among {len(values)} values of {name}, "
+                    "got 0: name one"
+                )
         if self.crop > self.resize:
             raise UserError(f"crop must be <= resize ({self.resize}), got {self.crop}")

@@ -5,13 +5,13 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float32, Int64, Real, UInt8
+from jaxtyping import Float, Float32, Int64, Real, UInt8
 from torch import Tensor, nn
 
 from ssl_xcit import distributed
 from ssl_xcit.errors import UserError
 
-FEATURES = ("cls", "patch", "cls+patch")
+FEATURES = ("cls", "patch", "cls+patch", "inputs1", "inputs2")
 
 
 class Features(NamedTuple):
@@ -29,11 +29,7 @@ def extract_features(
     device: torch.device,
     precision: str,
 ) -> dict[str, Features]:
-    """Features of every kind in `which`, from one pass; the same on every rank.
-
-    cls: the class token after the final LayerNorm, (n, d), DINO's choice for XCiT.
-    patch: the mean of the patch tokens after the final LayerNorm, (n, d).
-    cls+patch: both side by side, (n, 2d), neither scaled first: DINOv2's choice for its probes.
+    """Features of every kind in `which`, see `embed`, from one pass; the same on every rank.
 
     `loader` is an `EvalLoader`, or anything that yields (images (b, c, h, w), labels (b,),
     indices (b,)) with each image on one rank; bytes are normalised on the device by the loader's
@@ -47,18 +43,53 @@ def extract_features(
         raise UserError(f"no features {sorted(unknown)}: choose from {', '.join(FEATURES)}")
 
     @torch.inference_mode()
-    def embed(images: Tensor) -> dict[str, Float32[Tensor, "b d"]]:
+    def embed_batch(images: Tensor) -> dict[str, Tensor]:
         images = images.to(device, non_blocking=True)
         if images.dtype == torch.uint8:
             images = normalise(images, loader.mean, loader.std)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            cls, patches = backbone.forward_features(images)
-        cls, patch = cls.float(), patches.float().mean(dim=1)
-        kinds = {"cls": cls, "patch": patch, "cls+patch": torch.cat((cls, patch), dim=1)}
-        return {kind: kinds[kind] for kind in which}
+        return embed(backbone, images, which, precision)
 
-    with _evaluating(backbone):
-        return _collect(loader, embed)
+    with evaluating(backbone):
+        return _collect(loader, embed_batch)
+
+
+def embed(
+    backbone: nn.Module,
+    images: Float[Tensor, "b c height width"],
+    which: Sequence[str],
+    precision: str,
+) -> dict[str, Float[Tensor, "b _"]]:
+    """Features of every kind in `which` of a batch on the backbone's device, from one forward.
+
+    Each token is taken after the final LayerNorm, and means are over the patch tokens:
+
+    cls: the class token, (b, d), DINO's choice for XCiT.
+    patch: the mean of the patch tokens, (b, d).
+    cls+patch: both side by side, (b, 2d), neither scaled first: DINOv2's choice for its probes.
+    inputs1: class token and mean patch token that enter the last class-attention layer, (b, 2d).
+    inputs2: the mean patch token that enters the first one, then inputs1, (b, 3d). The class token
+        that enters the first one is the same for every image and left out.
+
+    The last two stand in for the last n blocks' class tokens of DINO's probes of ViTs: in an XCiT
+    only the two class-attention layers have a class token. Precision as in `extract_features`.
+    """
+    inputs = not {"inputs1", "inputs2"}.isdisjoint(which)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        if inputs:
+            stages = backbone.class_attention_inputs(images)
+        else:
+            stages = [backbone.forward_features(images)]
+    # Of bf16 tokens, too, the mean is not rounded to bf16.
+    *entering, (cls, patch) = [(_wide(cls), _wide(tokens).mean(dim=1)) for cls, tokens in stages]
+    parts = {"cls": (cls,), "patch": (patch,), "cls+patch": (cls, patch)}
+    if inputs:
+        parts |= {"inputs1": entering[1], "inputs2": (entering[0][1], *entering[1])}
+    return {kind: torch.cat(parts[kind], dim=1) for kind in which}
+
+
+def _wide(tokens: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """At least float32."""
+    return tokens.to(torch.promote_types(tokens.dtype, torch.float32))
 
 
 def extract_pixels(loader: Iterable) -> Features:
@@ -110,7 +141,7 @@ def _collect(loader: Iterable, embed: Callable[[Tensor], dict[str, Tensor]]) -> 
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode; afterwards each module's own (parts of a network may be frozen in eval mode)."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

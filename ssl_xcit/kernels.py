@@ -105,12 +105,12 @@ OK, DAMAGED, CORRUPT, TRUNCATED, WRONG_SIZE = 0, 1, 2, 3, 4
 """Status of an image: DAMAGED is shown as decoded (Pillow does so too), the rest is not."""
 
 BICUBIC, BILINEAR = 0, 1
-RANDOM_CROP, CENTER_CROP, SQUARE = 0, 1, 2
+RANDOM_CROP, CENTER_CROP, SQUARE, SIMPLE_CROP = 0, 1, 2, 3
 UINT8, FLOAT32, BFLOAT16 = 0, 1, 2
 
 VIEW = np.dtype(
     [
-        ("kind", "i8"),  # RANDOM_CROP, CENTER_CROP or SQUARE
+        ("kind", "i8"),  # RANDOM_CROP, CENTER_CROP, SQUARE or SIMPLE_CROP
         ("size", "i8"),  # pixels a side
         ("resize", "i8"),  # CENTER_CROP: the short side before it is cut; pixels
         ("filter", "i8"),  # BICUBIC or BILINEAR
@@ -123,6 +123,7 @@ VIEW = np.dtype(
         ("blur", "f8"),
         ("sigma", "f8", 2),  # pixels
         ("solarize", "f8"),
+        ("one_of", "i8"),  # 1: one of grayscale, solarize and blur, before the jitter
     ],
     align=True,
 )
@@ -130,7 +131,10 @@ VIEW = np.dtype(
 
 # Counters of the draws of one view. A crop takes two draws per try, 0 to 19.
 D_TOP, D_LEFT, D_FLIP, D_JITTER, D_STRENGTHS = range(20, 25)
-D_ORDER, D_GRAYSCALE, D_BLUR, D_SIGMA, D_SOLARIZE, DRAWS = range(28, 34)
+D_ORDER, D_GRAYSCALE, D_BLUR, D_SIGMA, D_SOLARIZE, D_ONE_OF, DRAWS = range(28, 35)
+
+PADDING = 4
+"""Pixels by which a SIMPLE_CROP may reach over each edge of the resized image."""
 
 ROWS = 32
 """Image rows that go through the horizontal pass together."""
@@ -800,6 +804,31 @@ def blur(image, channels, size, sigma, a, b):
 
 
 @kernel
+def simple_offset(uniform, out_size, size):
+    """Where a SIMPLE_CROP begins along an axis: -PADDING .. out_size + PADDING - size."""
+    return int(uniform * (out_size - size + 2 * PADDING + 1)) - PADDING
+
+
+@kernel
+def shift_reflected(planes, channels, size, down, right, before):
+    """Move planes in place, as if the window over the image lay `down` and `right` of where it is.
+
+    At most one of the edges of an axis is crossed, and what lies beyond it is the image's
+    reflection (the edge itself not repeated). `before`: room for a plane.
+    """
+    for c in range(channels):
+        plane = planes[c * size * size : (c + 1) * size * size]
+        copy(before, 0, plane, 0, size * size)
+        for y in range(size):
+            row = abs(y + down)
+            row = 2 * (size - 1) - row if row >= size else row
+            for x in range(size):
+                column = abs(x + right)
+                column = 2 * (size - 1) - column if column >= size else column
+                plane[y * size + x] = before[row * size + column]
+
+
+@kernel
 def geometry(view, height, width, draws):
     """What part of an image a view shows: (box, out_size, window, flip), see `resize`."""
     size = view.size
@@ -810,8 +839,13 @@ def geometry(view, height, width, draws):
     if view.kind == SQUARE:
         return box, (size, size), (0, 0, size), False
     # torchvision's Resize(int) and CenterCrop; Python's round, half to even
-    long_side = int(view.resize * max(height, width) / min(height, width))
-    out_size = (view.resize, long_side) if height <= width else (long_side, view.resize)
+    short_side = size if view.kind == SIMPLE_CROP else view.resize
+    long_side = int(short_side * max(height, width) / min(height, width))
+    out_size = (short_side, long_side) if height <= width else (long_side, short_side)
+    if view.kind == SIMPLE_CROP:
+        top = min(max(simple_offset(draws[D_TOP], out_size[0], size), 0), out_size[0] - size)
+        left = min(max(simple_offset(draws[D_LEFT], out_size[1], size), 0), out_size[1] - size)
+        return box, out_size, (top, left, size), draws[D_FLIP] < view.flip
     return (
         box,
         out_size,
@@ -827,14 +861,31 @@ def render_view(planes, work, channels, height, width, view, key):
     draw(draws, key)
     box, out_size, window, flip = geometry(view, height, width, draws)
     resize(planes, work, channels, width, box, out_size, window, view.filter, flip)
-    if view.kind != RANDOM_CROP:
+    if view.kind == CENTER_CROP or view.kind == SQUARE:
         return
+    if view.kind == SIMPLE_CROP:
+        down = simple_offset(draws[D_TOP], out_size[0], view.size) - window[0]
+        right = simple_offset(draws[D_LEFT], out_size[1], view.size) - window[1]
+        if down != 0 or right != 0:
+            shift_reflected(
+                planes, channels, view.size, down, -right if flip else right, work.blurred_a
+            )
+    sigma = view.sigma[0] + (view.sigma[1] - view.sigma[0]) * draws[D_SIGMA]
+    if view.one_of:
+        chosen = int(3 * draws[D_ONE_OF])
+        if chosen == 0 and channels == 3:
+            grayscale(planes)
+        elif chosen == 1:
+            solarize(planes)
+        elif chosen == 2:
+            blur(planes, channels, view.size, sigma, work.blurred_a, work.blurred_b)
     if draws[D_JITTER] < view.jitter:
         jitter(planes, channels, view, draws)
+    if view.one_of:
+        return
     if channels == 3 and draws[D_GRAYSCALE] < view.grayscale:
         grayscale(planes)
     if draws[D_BLUR] < view.blur:
-        sigma = view.sigma[0] + (view.sigma[1] - view.sigma[0]) * draws[D_SIGMA]
         blur(planes, channels, view.size, sigma, work.blurred_a, work.blurred_b)
     if draws[D_SOLARIZE] < view.solarize:
         solarize(planes)

@@ -10,6 +10,7 @@ orders a new one. A batch in the making is one atomic counter; each worker threa
 image from it until none is left, without the GIL, and goes on with the following batch.
 """
 
+import itertools
 import logging
 import os
 import sys
@@ -46,7 +47,7 @@ DTYPES = {
 }
 FILTERS = {"bicubic": kernels.BICUBIC, "bilinear": kernels.BILINEAR}
 # What a view and the kernels' description of it call alike
-SAME_NAMES = ("flip", "jitter", "grayscale", "blur", "solarize")
+SAME_NAMES = ("flip", "jitter", "grayscale", "blur", "solarize", "one_of")
 REASONS = {
     kernels.CORRUPT: "the decoder rejects it",
     kernels.TRUNCATED: "its JPEG data end early",
@@ -96,8 +97,9 @@ class MultiCropLoader:
     (globals, locals, indices). Images beyond the last full global batch are left out. A loader has
     one iteration at a time: a new one ends the one before.
 
-    Micro-batch j of step k on rank r is permutation[k G + (j world_size + r) batch_size :] up to
-    batch_size images, with G = batch_size * world_size * accumulation_steps.
+    With A = accumulation_steps and G = batch_size * A * world_size, micro-batch j of step k on rank
+    r is permutation[k G + (r A + j) batch_size :] up to batch_size images: only the product of
+    ranks and accumulation decides what the micro-batches are.
 
     Tensors are the caller's: their memory is used again only after the last tensor that refers to
     it is gone. With CUDA they are pinned.
@@ -171,6 +173,15 @@ class MultiCropLoader:
         """Optimiser steps per epoch."""
         return len(self.images) // self.global_batch
 
+    def place(self, micro: int) -> int:
+        """Which part of the global batch this rank's micro-batch number `micro` of a step is."""
+        return self.rank * self.accumulation_steps + micro
+
+    def step_images(self) -> Int64[np.ndarray, "a n"]:
+        """This rank's images of the step that the next iteration begins with, by micro-batch."""
+        plan = itertools.islice(self._plan(self.epoch, self._start_step), self.accumulation_steps)
+        return np.stack([indices for indices, _ in plan])
+
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
         """Let the next iteration be that of `epoch`, from step `start_step` on."""
         self.epoch, self._start_step = epoch, start_step
@@ -205,8 +216,7 @@ class MultiCropLoader:
             order = order[np.isin(order, self.images)]
         for step in range(start_step, len(self)):
             for micro in range(self.accumulation_steps):
-                place = micro * self.world_size + self.rank
-                first = step * self.global_batch + place * self.batch_size
+                first = step * self.global_batch + self.place(micro) * self.batch_size
                 indices = order[first : first + self.batch_size]
                 yield indices, kernels.sample_keys(self.seed, epoch, indices)
 
@@ -524,7 +534,7 @@ def view_table(views: Sequence[View | EvalView]) -> np.ndarray:
             row["kind"] = kernels.SQUARE if view.crop is None else kernels.CENTER_CROP
             row["resize"] = view.resize
             continue
-        row["kind"] = kernels.RANDOM_CROP
+        row["kind"] = kernels.SIMPLE_CROP if view.simple_crop else kernels.RANDOM_CROP
         row["scale"], row["log_ratio"] = view.scale, np.log(view.ratio)
         row["sigma"] = view.blur_sigma
         row["strengths"] = view.brightness, view.contrast, view.saturation, view.hue

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm import tqdm
 
@@ -63,16 +63,26 @@ def _line(row: dict) -> str:
 
 
 class RunningMeans:
-    """Means over the steps since the last log, kept on the device: adding never waits for it."""
+    """Means over the steps since the last log, kept on the device: adding never waits for it.
+
+    Attributes:
+        sums: of each value, and last the number of steps.
+        skipped: steps that were left out: in a row up to now, and in all.
+    """
 
     def __init__(self, names: tuple[str, ...], device: torch.device) -> None:
         self.names = names
-        self.sums = torch.zeros(len(names) + 1, device=device)  # the last one counts
+        self.sums = torch.zeros(len(names) + 1, device=device)
+        self.skipped = torch.zeros(2, device=device)
 
-    def add(self, *values: Float[Tensor, ""]) -> None:
-        """Add one step's values, in the order of `names`."""
-        self.sums[:-1] += torch.stack([value.detach().float() for value in values])
-        self.sums[-1] += 1
+    def add(self, *values: Float[Tensor, ""], skip: Bool[Tensor, ""] | None = None) -> None:
+        """Add one step's values, in the order of `names`; where `skip` is true, only count it."""
+        row = torch.stack([*(value.detach().float() for value in values), self.sums.new_ones(())])
+        if skip is not None:
+            row = torch.where(skip, 0.0, row)
+            self.skipped += skip
+            self.skipped[0] *= skip
+        self.sums += row
 
     def means(self) -> Float[Tensor, " names"]:
         """The means so far, still on the device."""
@@ -101,13 +111,18 @@ class Progress:
     def log(self, row: dict) -> None:
         """Print epoch, step, loss, images per second, data wait and the time left in the run."""
         done = row["step"] + 1
-        left = (time.monotonic() - self.start) / (done - self.first_step) * (self.total - done)
+        computed = max(1, done - self.first_step)
+        left = (time.monotonic() - self.start) / computed * (self.total - done)
         self.say(
             f"epoch {row['epoch'] + 1}/{self.epochs}  step {done}/{self.total}  "
             f"loss {row['train/loss']:.4f}  lr {row['schedule/lr']:.2e}  "
             f"{row['speed/images_per_sec']:.0f} images/s  "
             f"data wait {100 * row['speed/data_wait']:.0f} %  ETA {clock(left)}"
-            + "".join(f"  {key[6:]} {row[key]:.2f}" for key in row if key.startswith("probe/"))
+            + "".join(
+                f"  {key.partition('/')[2]} {row[key]:.2f}"
+                for key in row
+                if key.startswith(("probe/", "test/"))
+            )
         )
 
     def say(self, text: str) -> None:

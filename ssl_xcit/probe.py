@@ -1,6 +1,6 @@
 """k-NN of the teacher while it trains."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -39,12 +39,14 @@ class Probe:
             for images in both
         )
 
-    def __call__(self, backbone: nn.Module) -> dict[str, float]:
-        """{"probe/top1_cls": percent, "probe/top1_patch": percent}."""
+    def __call__(
+        self, backbone: nn.Module, wrap: Callable[[Iterable], Iterable] = lambda loader: loader
+    ) -> dict[str, float]:
+        """{"probe/top1_cls": percent, "probe/top1_patch": percent}; batches come through `wrap`."""
         found = knn_probe(
             backbone,
-            self.train,
-            self.test,
+            wrap(self.train),
+            wrap(self.test),
             ("cls", "patch"),
             self.config.probe.probe_k,
             self.device,

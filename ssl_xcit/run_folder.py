@@ -13,23 +13,34 @@ import torch
 
 from ssl_xcit.config import TrainConfig, config_differences, read_config, save_config
 from ssl_xcit.errors import UserError
+from ssl_xcit.finetune_config import FinetuneConfig
 
 RUN_FORMAT = 1  # of the run folder's layout; raised when an older program could misread it
 
 
-def claim_folder(out: Path, config: TrainConfig, global_batch: int) -> None:
-    """Make the run folder this configuration's, or refuse it when it is another's."""
+def claim_folder(
+    out: Path, kind: str, config: TrainConfig | FinetuneConfig, global_batch: int
+) -> None:
+    """Make the run folder this configuration's, or refuse it when it is another's.
+
+    `kind`: of training, "pretraining" or "fine-tuning".
+    """
     described = out / "config.yaml"
     try:
         out.mkdir(parents=True, exist_ok=True)
         if described.exists():
             run = json.loads((out / "run.json").read_text())
-            differences = config_differences(read_config(TrainConfig, described), config)
             if run["format"] > RUN_FORMAT:
                 raise UserError(
                     f"{out} has run-folder format {run['format']}, this program reads up to "
                     f"{RUN_FORMAT}: update ssl_xcit"
                 )
+            if run.get("kind", "pretraining") != kind:
+                raise UserError(
+                    f"{out} is the folder of a {run.get('kind', 'pretraining')}, not of a {kind}: "
+                    "choose another --out"
+                )
+            differences = config_differences(read_config(type(config), described), config)
             if run["global_batch"] != global_batch:
                 differences.append(f"global batch: {run['global_batch']} -> {global_batch}")
             if differences:
@@ -38,7 +49,7 @@ def claim_folder(out: Path, config: TrainConfig, global_batch: int) -> None:
                     " choose another --out, or repeat the run's own settings to continue it"
                 )
         else:
-            facts = {"format": RUN_FORMAT, "global_batch": global_batch}
+            facts = {"format": RUN_FORMAT, "kind": kind, "global_batch": global_batch}
             (out / "run.json").write_text(json.dumps(facts) + "\n")
             save_config(config, described)
         environment = {"command": sys.argv, "started": _now(), **host(), **versions()}
@@ -51,19 +62,31 @@ def claim_folder(out: Path, config: TrainConfig, global_batch: int) -> None:
 
 def versions() -> dict[str, str | None]:
     """Versions that decide what a run computes, and the git commit of the code if it has one."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
-        "commit": commit or None,
+        "commit": commit(),
     }
+
+
+def commit() -> str | None:
+    """The code's commit: what a job's frozen copy notes beside it, else git's word, if any."""
+    folder = Path(__file__).parent
+    noted = folder.parent / "COMMIT"
+    if noted.is_file():
+        return noted.read_text().strip() or None
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except FileNotFoundError:  # compute nodes may have no git
+        return None
+    return described.stdout.strip() or None
 
 
 def host() -> dict[str, str | int | None]:

@@ -391,7 +391,25 @@ class XCiT(nn.Module):
         last = self.cls_attn_blocks[1]
         return last.attn.attention(last.normalise(*self._before_last_block(x, None)))[:, :, 1:]
 
+    def class_attention_inputs(
+        self, x: Float[Tensor, "b c height width"]
+    ) -> list[tuple[Float[Tensor, "b d"], Float[Tensor, "b n d"]]]:
+        """(cls token, patch tokens) that enter each class-attention layer, and that leave the last.
+
+        All after the last LayerNorm, so the last pair is what `forward_features` returns. The
+        first cls token is the same for every image: no layer has told it of one.
+        """
+        stages = [self._before_class_attention(x, None)]
+        for block in self.cls_attn_blocks:
+            stages.append(block(*stages[-1]))
+        return [(self.norm(cls), self.norm(patches)) for cls, patches in stages]
+
     def _before_last_block(
+        self, x: Float[Tensor, "b c height width"], keys: Int64[Tensor, "b"] | None
+    ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b n d"]]:
+        return self.cls_attn_blocks[0](*self._before_class_attention(x, keys))
+
+    def _before_class_attention(
         self, x: Float[Tensor, "b c height width"], keys: Int64[Tensor, "b"] | None
     ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b n d"]]:
         image = self.patch_embed(x)
@@ -400,7 +418,7 @@ class XCiT(nn.Module):
         keep = self._drop_path(b, keys)
         for i, block in enumerate(self.blocks):
             patches = block(patches, tuple(grid), None if keep is None else keep[i])
-        return self.cls_attn_blocks[0](self.cls_token[0].expand(b, -1), patches)
+        return self.cls_token[0].expand(b, -1), patches
 
     def _drop_path(self, b: int, keys: Int64[Tensor, "b"] | None) -> Float[Tensor, "l 3 b"] | None:
         """0 or 1 / (1 - rate) for each block, branch (XCA, LPI, MLP) and sample, all at once."""

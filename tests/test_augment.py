@@ -2,7 +2,14 @@
 
 import pytest
 
-from ssl_xcit.augment import EvalView, View, dino_views, simclr_views, supervised_views
+from ssl_xcit.augment import (
+    EvalView,
+    View,
+    dino_views,
+    simclr_views,
+    supervised_views,
+    three_augment_views,
+)
 from ssl_xcit.errors import UserError
 
 
@@ -30,6 +37,20 @@ def test_simclr_has_two_equal_views_and_supervision_one_plain_crop():
     assert first == second
     assert (first.brightness, first.hue, first.solarize) == (0.4, 0.1, 0.0)
     assert supervised_views(160) == [[View(160, (0.08, 1.0))]]
+
+
+def test_three_augment_is_deit_iiis():
+    ((view,),) = three_augment_views(192, simple_crop=True)
+    assert (view.size, view.one_of, view.simple_crop, view.flip) == (192, True, True, 0.5)
+    assert (view.brightness, view.contrast, view.saturation, view.hue) == (0.3, 0.3, 0.3, 0.0)
+    assert (view.jitter, view.blur_sigma) == (1.0, (0.1, 2.0))
+    assert three_augment_views(jitter=0.0)[0][0].jitter == 0.0
+
+
+def test_a_reflection_of_four_pixels_needs_five():
+    View(5, (0.4, 1.0), simple_crop=True)
+    with pytest.raises(UserError, match="at least 5 pixel"):
+        View(4, (0.4, 1.0), simple_crop=True)
 
 
 @pytest.mark.parametrize(

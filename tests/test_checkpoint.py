@@ -1,31 +1,64 @@
 """Checkpoints are complete or refused, never half; and foreign files load without running code."""
 
+import argparse
 import gzip
 import json
 import os
 import pickle
 import random
+import re
 import signal
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from ssl_xcit import xcit
 from ssl_xcit.checkpoint import (
-    infer_arch,
     load_checkpoint,
     load_latest,
     read_backbone,
-    read_state_dict,
+    read_dino_model,
+    read_linear_weights,
+    read_weights,
     save_checkpoint,
 )
+from ssl_xcit.dino import DINOHead
 from ssl_xcit.errors import UserError
-from ssl_xcit.xcit import XCiT, build_xcit
+from ssl_xcit.formats import to_mmpretrain, to_timm
+from ssl_xcit.weights import build_model, check_tensors, infer_arch
+from ssl_xcit.xcit import VARIANTS, Variant, build_xcit
 
 FIXTURES = Path(__file__).parent / "fixtures"
+SHARED = Path(__file__).parents[2] / "shared" / "fixtures"
+upstream_files = pytest.mark.skipif(
+    not SHARED.exists(), reason="the shared files of the upstream programs are not beside us"
+)
+
+
+@pytest.fixture(params=["micro_p16", "micro_p8"])
+def micro(request, monkeypatch) -> str:
+    """The folder of the tiny models that upstream files exist of, as an architecture of its own."""
+    variant = Variant(24, 2, 3, 1.0, tokens_norm=request.param == "micro_p8")
+    monkeypatch.setitem(VARIANTS, "micro", variant)
+    monkeypatch.setattr(xcit, "ARCHITECTURES", (*xcit.ARCHITECTURES, request.param))
+    return request.param
+
+
+def normalised(image_u8: np.ndarray) -> torch.Tensor:
+    mean, std = ([[[x]] for x in xs] for xs in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    return torch.from_numpy(
+        ((image_u8 / np.float32(255)) - np.float32(mean)) / np.float32(std)
+    ).float()
+
+
+def gap(ours: torch.Tensor, recorded: np.ndarray) -> float:
+    return (ours - torch.from_numpy(recorded)).abs().max().item()
 
 
 def tensors(seed: int) -> dict[str, dict[str, torch.Tensor]]:
@@ -64,10 +97,12 @@ def test_the_newest_ones_and_those_marked_are_kept(tmp_path):
     for step in range(1, 7):
         save_checkpoint(tmp_path, step, tensors(step), {}, keep_last=2, keep=step == 3)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "last",
         "step_00000003",
         "step_00000005",
         "step_00000006",
     ]
+    assert (tmp_path / "last").resolve().name == "step_00000006"
 
 
 @pytest.mark.parametrize("file", ["student.safetensors", "state.json", "loss.safetensors"])
@@ -171,49 +206,249 @@ def test_every_architecture_is_recognised_by_its_tensors():
         assert infer_arch(state) == arch
 
 
+def test_a_fine_tuned_run_gives_its_averaged_weights_first(tmp_path):
+    networks = {
+        role: {
+            key: tensor + offset if tensor.is_floating_point() else tensor
+            for key, tensor in build_xcit("xcit_nano_12_p8", num_classes=7).state_dict().items()
+        }
+        for offset, role in enumerate(("model", "model_ema"))
+    }
+    others = {"optimizer": {"head.weight/exp_avg": torch.zeros(2)}}
+    save_checkpoint(tmp_path / "checkpoints", 3, networks | others, {})
+    for asked, found in (("teacher", "model_ema"), ("model", "model"), ("model_ema", "model_ema")):
+        arch, state, info = read_weights(tmp_path, asked)
+        assert (arch, info["role"], info["num_classes"]) == ("xcit_nano_12_p8", found, 7)
+        assert (info["format"], info["step"]) == ("ssl_xcit", 3)
+        assert all(torch.equal(state[key], networks[found][key]) for key in networks[found])
+        assert state.keys() == networks[found].keys()
+    assert "head.weight" not in read_backbone(tmp_path)[1]
+    del networks["model_ema"]
+    save_checkpoint(tmp_path / "checkpoints", 4, networks, {})
+    assert read_weights(tmp_path / "checkpoints" / "step_00000004").info["role"] == "model"
+    with pytest.raises(UserError, match="holds model, not model_ema"):
+        read_weights(tmp_path, "model_ema")
+
+
+def test_a_run_gives_dinos_head_and_centre_beside_the_backbone(tmp_path):
+    backbone = build_xcit("xcit_nano_12_p16", num_classes=0).state_dict()
+    head = DINOHead(128, 32, hidden_dim=16, bottleneck_dim=8).state_dict()
+    whole = {f"backbone.{key}": tensor for key, tensor in backbone.items()}
+    whole |= {f"head.{key}": tensor for key, tensor in head.items()}
+    center = torch.randn(1, 32)
+    save_checkpoint(tmp_path / "checkpoints", 9, {"teacher": whole, "loss": {"center": center}}, {})
+    arch, found, found_head, found_center, info = read_dino_model(tmp_path)
+    assert (arch, info["role"], info["step"]) == ("xcit_nano_12_p16", "teacher", 9)
+    assert found.keys() == backbone.keys()
+    assert found_head.keys() == head.keys()
+    assert all(torch.equal(found_head[key], head[key]) for key in head)
+    assert torch.equal(found_center, center)
+    file = tmp_path / "checkpoints" / "step_00000009" / "teacher.safetensors"
+    assert read_dino_model(file)[4]["role"] == "teacher"
+    assert read_dino_model(file)[3] is None
+
+
+def test_a_folder_without_networks_is_refused(tmp_path):
+    save_checkpoint(tmp_path / "checkpoints", 1, {"meters": {"loss": torch.ones(1)}}, {})
+    with pytest.raises(UserError, match="holds no network but meters"):
+        read_weights(tmp_path)
+
+
 @pytest.mark.parametrize("path", ["/nowhere/at/all", "/"])
 def test_what_is_no_checkpoint_is_said_in_one_line(path):
     with pytest.raises(UserError, match=r"no c.*checkpoint"):
         read_backbone(path)
+    with pytest.raises(UserError, match="no file at"):
+        read_linear_weights(path)
 
 
-def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path):
-    proof, file = tmp_path / "proof", tmp_path / "evil.pth"
-
-    class Payload:
-        def __reduce__(self):
-            return os.system, (f"touch {proof}",)
-
-    for save in (
-        lambda: torch.save({"teacher": Payload()}, file),
-        lambda: file.write_bytes(pickle.dumps(Payload())),
-    ):
-        save()
-        with pytest.raises(UserError, match="cannot be read safely"):
-            read_state_dict(file)
-        assert not proof.exists()
+# Files that the upstream programs wrote, against what these programs computed with them
 
 
-SHARED = Path(__file__).parents[2] / "shared" / "fixtures"
+@upstream_files
+@pytest.mark.parametrize(
+    ("pattern", "format_"),
+    [
+        ("official.pth", "official"),
+        ("timm.pth", "timm"),
+        ("timm.safetensors", "timm"),
+        ("*_fixture_*", "mmpretrain"),
+        ("*_legacy_*", "mmpretrain"),
+    ],
+)
+def test_logits_of_every_programs_file_are_the_recorded_ones(micro, pattern, format_, tmp_path):
+    if pattern == "timm.safetensors":
+        path = tmp_path / pattern
+        save_file(torch.load(SHARED / micro / "timm.pth", weights_only=True), path)
+    else:
+        (path,) = (SHARED / micro).glob(pattern)
+    weights = read_weights(path)
+    assert (weights.arch, weights.info["format"]) == (micro, format_)
+    assert (weights.info["role"], weights.info["num_classes"]) == ("model", 10)
+    model = build_model(weights)
+    records = np.load(SHARED / micro / "io.npz")
+    sizes = [name.split("/")[0] for name in records if name.endswith("input_u8")]
+    assert len(sizes) == 2
+    with torch.inference_mode():
+        for size in sizes:
+            logits = model(normalised(records[f"{size}/input_u8"]))
+            for source in ("official", "timm", "mmpretrain"):
+                assert gap(logits, records[f"{size}/logits_{source}"]) < 5e-6
+        x = normalised(records["64x64/input_u8"]).double()
+        assert gap(model.double()(x), records["64x64/logits_fp64"]) < 1e-10
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="the shared parity fixtures are not beside us")
-@pytest.mark.parametrize(("micro", "patch_size"), [("micro_p16", 16), ("micro_p8", 8)])
+@upstream_files
 @pytest.mark.parametrize("role", ["teacher", "student"])
-def test_official_dino_files_load_strict(micro, patch_size, role):
-    manifest = json.loads((SHARED / "manifest.json").read_text())
-    config = manifest["models"][micro]["config"]
-    model = XCiT(
-        patch_size,
-        config["embed_dim"],
-        config["depth"],
-        config["num_heads"],
-        config["eta"],
-        config["tokens_norm"],
-        num_classes=0,
+def test_dinos_file_gives_the_recorded_features_and_prototypes(micro, role):
+    records = np.load(SHARED / micro / "dino_io.npz")
+    path = SHARED / micro / "dino_full.pth"
+    weights = read_weights(path, role)
+    assert (weights.arch, weights.info["format"]) == (micro, "dino")
+    assert (weights.info["role"], weights.info["num_classes"]) == (role, 0)
+    other = {"teacher": "student", "student": "teacher"}[role]
+    arch, state, head_state, center, _ = read_dino_model(path, role)
+    assert arch == micro
+    assert center.shape == (1, 64)
+    head = DINOHead(24, 64, hidden_dim=32, bottleneck_dim=16)
+    head.load_state_dict(head_state)
+    with torch.inference_mode():
+        features = build_model(weights)(normalised(records["input_u8"]))
+        assert gap(features, records[f"feat_{role}"]) < 5e-6
+        assert gap(features, records[f"feat_{other}"]) > 0.1
+        assert gap(head(features), records[f"head_{role}"]) < 5e-6
+    assert all(torch.equal(state[key], weights.state[key]) for key in state)
+    assert read_weights(path).info["role"] == "teacher"
+
+
+@upstream_files
+def test_dinos_backbone_and_linear_weights_give_the_recorded_logits(micro):
+    records = np.load(SHARED / micro / "dino_io.npz")
+    weights = read_weights(SHARED / micro / "dino_backbone.pth")
+    assert weights.info["format"] == "dino_backbone"
+    weight, bias = read_linear_weights(SHARED / micro / "dino_linear.pth")
+    with torch.inference_mode():
+        features = build_model(weights)(normalised(records["input_u8"]))
+        assert gap(features, records["feat_teacher"]) < 5e-6
+        assert gap(features @ weight.T + bias, records["linear_logits_teacher"]) < 5e-6
+    assert read_dino_model(SHARED / micro / "dino_backbone.pth")[2:4] == (None, None)
+
+
+# Bad files
+
+
+@pytest.mark.parametrize("to", [dict, to_timm, to_mmpretrain])
+def test_every_tensor_that_is_missing_or_misshapen_is_named(micro, to, tmp_path):
+    file = tmp_path / "it.safetensors"
+    state = torch.load(FIXTURES / micro / "official.pth", weights_only=True)["model"]
+    theirs = to(state)
+    for official, whole in state.items():
+        key, tensor = next(iter(to({official: whole}).items()))
+        missing = {k: t.contiguous() for k, t in theirs.items() if k != key}
+        for damaged in (missing, missing | {key: torch.cat((tensor.view(-1), torch.ones(1)))}):
+            save_file(damaged, file)
+            with pytest.raises(UserError, match=re.escape(official)) as error:
+                read_weights(file)
+            assert str(error.value).startswith(str(file))
+
+
+@pytest.mark.parametrize(
+    "key", ["strange", "blocks.7.norm1.weight", "patch_embed.proj.12.0.weight"]
+)
+def test_a_tensor_too_many_is_named(micro, key, tmp_path):
+    content = torch.load(FIXTURES / micro / "official.pth", weights_only=True)
+    content["model"][key] = torch.ones(3)
+    torch.save(content, tmp_path / "it.pth")
+    with pytest.raises(UserError, match=rf"it\.pth is no micro_p.*1 unknown \({key}\)"):
+        read_weights(tmp_path / "it.pth")
+
+
+def test_a_tensor_of_integers_for_one_of_reals_is_named(micro):
+    state = torch.load(FIXTURES / micro / "official.pth", weights_only=True)["model"]
+    check_tensors(state, micro)
+    with pytest.raises(UserError, match=r"1 of a wrong type \(norm\.bias torch\.int64\)"):
+        check_tensors(state | {"norm.bias": state["norm.bias"].long()}, micro)
+
+
+def test_half_a_classifier_is_no_classifier(micro):
+    state = torch.load(FIXTURES / micro / "official.pth", weights_only=True)["model"]
+    for key in ("head.weight", "head.bias"):
+        with pytest.raises(UserError, match=rf"1 missing \({key}\)"):
+            check_tensors({k: t for k, t in state.items() if k != key}, micro)
+
+
+def test_another_architecture_than_the_one_asked_for_is_refused(micro):
+    path = FIXTURES / micro / "official.pth"
+    assert read_weights(path, arch=micro).arch == micro
+    with pytest.raises(UserError, match=rf"is a {micro}, not a xcit_small_12_p16"):
+        read_weights(path, arch="xcit_small_12_p16")
+
+
+def test_a_network_of_unknown_width_is_refused():
+    with pytest.raises(UserError, match=r"no architecture has a cls_token of shape \(1, 1, 24\)"):
+        read_weights(FIXTURES / "micro_p16" / "official.pth")
+
+
+@pytest.mark.parametrize("container", ["zip", "legacy", "safetensors"])
+def test_a_file_cut_anywhere_is_refused_in_one_line(micro, container, tmp_path):
+    content = torch.load(FIXTURES / micro / "official.pth", weights_only=True)
+    whole = tmp_path / ("whole.safetensors" if container == "safetensors" else "whole.pth")
+    if container == "safetensors":
+        save_file(content["model"], whole)
+    else:
+        torch.save(content, whole, _use_new_zipfile_serialization=container == "zip")
+    assert read_weights(whole).arch == micro
+    data, cut = whole.read_bytes(), whole.with_stem("cut")
+    chance = random.Random(0)
+    for length in (0, 1, 9, len(data) - 1, *(chance.randrange(len(data)) for _ in range(40))):
+        cut.write_bytes(data[:length])
+        with pytest.raises(UserError, match=r"cut, damaged or") as error:
+            read_weights(cut)
+        assert str(cut) in str(error.value)
+        assert "weights_only" not in str(error.value)
+
+
+class Payload:
+    """What leaves `proof` behind when a pickle of it is loaded carelessly."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.proof}",)
+
+
+@pytest.mark.parametrize(
+    "read", [read_weights, read_backbone, read_dino_model, read_linear_weights]
+)
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, read):
+    proof, file = tmp_path / "proof", tmp_path / "evil.pth"
+    payload = Payload(proof)
+    state = torch.load(FIXTURES / "micro_p8" / "official.pth", weights_only=True)["model"]
+    contents = (
+        {"teacher": payload},
+        {"model": state, "args": payload},
+        {"model": state, "args": argparse.Namespace(out=payload)},
+        {"state_dict": {"module.linear.weight": payload}},
     )
-    state, info = read_state_dict(SHARED / micro / "dino_full.pth", role)
-    model.load_state_dict(state, strict=True)
-    assert info["role"] == role
-    other, _ = read_state_dict(SHARED / micro / "dino_backbone.pth")
-    assert torch.equal(state["cls_token"], other["cls_token"]) == (role == "teacher")
+    for content in contents:
+        for zipped in (True, False):
+            torch.save(content, file, _use_new_zipfile_serialization=zipped)
+            with pytest.raises(UserError, match=r"posix\.system, which could run code"):
+                read(file)
+            assert not proof.exists()
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        file.write_bytes(pickle.dumps(payload, protocol))
+        with pytest.raises(UserError, match="cannot be read safely"):
+            read(file)
+        assert not proof.exists()
+    pickle.loads(file.read_bytes())
+    assert proof.exists()  # the payload would have worked
+
+
+def test_a_path_in_the_stored_command_line_is_plain_data(tmp_path):
+    """Runs that submitit started have one as output_dir."""
+    state = build_xcit("xcit_nano_12_p16").state_dict()
+    args = argparse.Namespace(output_dir=Path("/somewhere/42"), arch="xcit")
+    torch.save({"model": state, "args": args}, tmp_path / "a.pth")
+    assert read_weights(tmp_path / "a.pth").state.keys() == state.keys()

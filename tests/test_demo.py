@@ -31,7 +31,7 @@ def test_the_demo_ends_in_a_table_and_a_picture_and_does_nothing_twice(
     out = tmp_path / "out"
     demo.demo(out)
     first = capsys.readouterr().out
-    table = first[first.index("k-NN top-1") :]
+    table = first[first.index("top-1 in %") :]
     for words in ("raw pixels", "untrained network", "pretrained teacher", "loss", "run folder"):
         assert words in table
     with Image.open(out / "curves.png") as picture:

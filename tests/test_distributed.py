@@ -70,7 +70,7 @@ def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*launcher, "--nproc-per-node", "2", __file__, str(folder)]
-    environment = {k: v for k, v in os.environ.items() if k not in distributed.TORCHRUN}
+    environment = {k: v for k, v in os.environ.items() if not names_a_launcher(k)}
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=120, check=False
     )
@@ -78,10 +78,15 @@ def two_processes(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
+def names_a_launcher(name):
+    return name in distributed.TORCHRUN or name.startswith(("SLURM_", "SUBMITIT_", "LOCAL_WORLD"))
+
+
 @pytest.fixture
 def alone(monkeypatch):
-    for name in distributed.TORCHRUN:
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    for name in filter(names_a_launcher, list(os.environ)):
+        monkeypatch.delenv(name)
     return monkeypatch
 
 
@@ -197,9 +202,137 @@ def test_a_rank_of_a_second_machine_takes_its_device_by_its_local_rank(
     assert arguments == (backend,)
     assert options == {
         "timeout": timedelta(seconds=90),
+        "rank": 5,
+        "world_size": 8,
         "device_id": ranks.device if on_gpu else None,
     }
     assert current == on_gpu
+
+
+# Variables as SLURM 22.05 and submitit 1.5.4 set them (copied from `srun env`)
+STEP = {
+    "SLURM_JOB_ID": "12",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "6",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "2",
+    "SLURM_NTASKS": "7",
+    "SLURM_STEP_NUM_TASKS": "7",
+    "SLURM_STEP_TASKS_PER_NODE": "3,2(x2)",
+    "SLURM_STEP_NODELIST": "gpu[03-05]",
+}
+TORCHRUN = {
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "gpu07",
+    "MASTER_PORT": "29501",
+}
+LOCAL = {
+    "SUBMITIT_EXECUTOR": "local",
+    "SUBMITIT_LOCAL_JOB_ID": "4711",
+    "SUBMITIT_LOCAL_NTASKS": "2",
+    "SUBMITIT_LOCAL_GLOBALID": "1",
+    "SUBMITIT_LOCAL_LOCALID": "1",
+}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, ("no launcher", 0, 1, 0, 1)),
+        (TORCHRUN, ("torchrun", 5, 8, 1, 4)),
+        (STEP, ("SLURM", 6, 7, 1, 2)),
+        (STEP | {"SUBMITIT_EXECUTOR": "slurm"}, ("submitit", 6, 7, 1, 2)),
+        (LOCAL, ("submitit", 1, 2, 1, 2)),
+        (STEP | {"SUBMITIT_EXECUTOR": "slurm"} | TORCHRUN, ("torchrun", 5, 8, 1, 4)),
+        # a batch script, and a shell of salloc, are one process whatever the job's size
+        ({k: v for k, v in STEP.items() if "STEP" not in k}, ("no launcher", 0, 1, 0, 1)),
+        ({"SLURM_JOB_ID": "12", "SLURM_NTASKS": "7"}, ("no launcher", 0, 1, 0, 1)),
+    ],
+)
+def test_the_launcher_is_told_by_its_variables(environment, expected):
+    place = distributed.find_place(environment)
+    found = (place.launcher, place.rank, place.world_size, place.local_rank, place.local_world_size)
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("n1", "n1"),
+        ("n1,n2", "n1"),
+        ("gpu[03-05]", "gpu03"),
+        ("gpu[7,9-12],cpu1", "gpu7"),
+        ("rack[2-3]node[08,11]-ib,login", "rack2node08-ib"),
+        ("10.0.0.[17-18]", "10.0.0.17"),
+    ],
+)
+def test_rank_0_is_on_the_first_node_of_slurms_list(nodes, first):
+    place = distributed.find_place(STEP | {"SLURM_STEP_NODELIST": nodes})
+    assert place.address == first
+
+
+def test_every_rank_knows_the_port_and_another_attempt_or_step_has_another():
+    def port(**changes):
+        return distributed.find_place(STEP | changes).port
+
+    attempts = [port(SLURM_RESTART_COUNT=str(count)) for count in range(1, 6)]
+    others = [port(SLURM_STEP_ID="1"), port(SLURM_JOB_ID="13")]
+    assert port(SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_NODEID="0") == port()
+    assert len({port(), *attempts, *others}) == 8
+    assert all(1024 < number < 32768 for number in (port(), *attempts, *others))
+
+
+def test_a_stale_rank_of_an_earlier_attempt_cannot_join(alone):
+    """The new rank 0 waits for its own rank 1 only, though the old one calls all the time."""
+    ours = STEP | {
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+        "SLURM_NODEID": "0",
+        "SLURM_STEP_NUM_TASKS": "2",
+    }
+    ours |= {"SLURM_STEP_NODELIST": "localhost", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    stale = ours | {"SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
+    program = "from ssl_xcit import distributed; distributed.setup('cpu', timeout_s=60)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], env=os.environ | stale, stderr=subprocess.DEVNULL
+    )
+    try:
+        for name, value in (ours | {"SLURM_RESTART_COUNT": "1"}).items():
+            alone.setenv(name, value)
+        with pytest.raises(torch.distributed.DistError, match="1/2 clients joined"):
+            distributed.setup("cpu", timeout_s=8.0)
+        assert process.poll() is None  # it was there
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_setup_prints_its_decision_and_leaves_torchruns_variables(alone, capsys):
+    alone.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    for name, value in STEP.items():
+        alone.setenv(name, value)
+    distributed.setup("cpu")
+    assert capsys.readouterr().out == ""  # rank 6 of a launcher that mixes all output
+    alone.setenv("SUBMITIT_EXECUTOR", "slurm")
+    distributed.setup("cpu")
+    port = os.environ["MASTER_PORT"]
+    assert capsys.readouterr().out == (
+        f"rank 6 of 7 (submitit), the machine's number 1 of 2, on cpu; rank 0 is at gpu03:{port}\n"
+    )
+    assert (os.environ["MASTER_ADDR"], os.environ["LOCAL_WORLD_SIZE"]) == ("gpu03", "2")
+
+
+def test_a_task_that_slurm_gives_its_own_gpus_takes_its_first(alone):
+    alone.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    alone.setattr(torch.cuda, "set_device", lambda device: None)
+    with_gpus(alone, 2)
+    for name, value in STEP.items():
+        alone.setenv(name, value)
+    assert distributed.setup("cuda").device == torch.device("cuda:1")  # sees all of the machine
+    alone.setenv("SLURM_GPUS_PER_TASK", "2")
+    assert distributed.setup("cuda").device == torch.device("cuda:0")
 
 
 def with_gpus(monkeypatch, count):

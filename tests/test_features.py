@@ -1,4 +1,5 @@
 import copy
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -26,9 +27,13 @@ class Backbone(nn.Module):
         self.calls = 0
 
     def forward_features(self, x):
+        return self.class_attention_inputs(x)[-1]
+
+    def class_attention_inputs(self, x):
         self.calls += 1
-        patches = self.dropout(self.bn(self.conv(x))).flatten(2).transpose(1, 2)
-        return patches.amax(dim=1), patches
+        tokens = self.dropout(self.bn(self.conv(x))).flatten(2).transpose(1, 2)
+        stages = [tokens.tanh(), 2 * tokens.sin(), tokens]
+        return [(patches.amax(dim=1), patches) for patches in stages]
 
 
 class Loader(list):
@@ -69,7 +74,7 @@ def test_every_kind_of_feature_equals_its_definition_in_float64(backbone):
     loader = make_loader()
     found = extract_features(backbone, loader, FEATURES, CPU, "fp32")
     reference = copy.deepcopy(backbone).double().eval()
-    expected = {"cls": [], "patch": [], "cls+patch": []}
+    expected = {kind: [] for kind in FEATURES}
     images, _, indices = (torch.cat(parts) for parts in zip(*loader, strict=True))
     for image in images[indices.argsort()]:
         cls, patches = reference.forward_features(naive_normalise(image)[None])
@@ -77,11 +82,26 @@ def test_every_kind_of_feature_equals_its_definition_in_float64(backbone):
         expected["cls"].append(cls[0])
         expected["patch"].append(patch)
         expected["cls+patch"].append(torch.cat((cls[0], patch)))
+        (_, first), (cls, second), _ = reference.class_attention_inputs(
+            naive_normalise(image)[None]
+        )
+        last_input = [*cls[0], *(sum(second[0]) / len(second[0]))]
+        expected["inputs1"].append(torch.stack(last_input))
+        expected["inputs2"].append(torch.stack([*(sum(first[0]) / len(first[0])), *last_input]))
     assert found.keys() == expected.keys()
     for kind, rows in expected.items():
         features = found[kind].features
         assert features.dtype == torch.float32
         torch.testing.assert_close(features.double(), torch.stack(rows), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("asked", itertools.combinations(FEATURES, 2))
+def test_a_kind_is_the_same_whatever_else_is_asked_for(backbone, asked):
+    every = extract_features(backbone, make_loader(), FEATURES, CPU, "fp32")
+    found = extract_features(backbone, make_loader(), asked, CPU, "fp32")
+    assert tuple(found) == asked
+    for kind in asked:
+        assert torch.equal(found[kind].features, every[kind].features)
 
 
 def test_rows_come_in_the_order_of_the_dataset_with_their_labels(backbone):

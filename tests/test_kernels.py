@@ -17,7 +17,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Rando
 from torchvision.transforms import functional as F
 
 from ssl_xcit import draws, kernels
-from ssl_xcit.augment import EvalView, View, dino_views
+from ssl_xcit.augment import EvalView, View, dino_views, three_augment_views
 from ssl_xcit.loader import view_table
 
 PHOTO = load_sample_image("china.jpg")  # (427, 640, 3)
@@ -81,9 +81,22 @@ def expected_view(image: Image.Image, view: View, draws: Draws) -> np.ndarray:
             w = round(height * view.ratio[1])
         top, left = (height - h) // 2, (width - w) // 2
     mode = InterpolationMode(view.interpolation)
-    image = F.resized_crop(image, top, left, h, w, [view.size, view.size], mode)
+    if view.simple_crop:
+        image = F.pad(F.resize(image, view.size, mode), 4, padding_mode="reflect")
+        room = [side - view.size + 1 for side in image.size[::-1]]
+        corner = (int(draws[20 + axis] * room[axis]) for axis in range(2))
+        image = F.crop(image, *corner, view.size, view.size)
+    else:
+        image = F.resized_crop(image, top, left, h, w, [view.size, view.size], mode)
     if draws[22] < view.flip:
         image = F.hflip(image)
+    blurred = ImageFilter.GaussianBlur(draws.between(31, *view.blur_sigma))
+    if view.one_of:
+        image = [
+            lambda: F.to_grayscale(image, 3),
+            lambda: ImageOps.solarize(image),
+            lambda: image.filter(blurred),
+        ][int(3 * draws[33])]()
     if draws[23] < view.jitter:
         operations = [F.adjust_brightness, F.adjust_contrast, F.adjust_saturation]
         strengths = [view.brightness, view.contrast, view.saturation]
@@ -96,12 +109,15 @@ def expected_view(image: Image.Image, view: View, draws: Draws) -> np.ndarray:
         rank, left = int(draws[28] * 24), [0, 1, 2, 3]
         while left:
             rank, i = divmod(rank, len(left))
-            image = operations[left[i]](image, factors[left[i]])
+            if (*strengths, view.hue)[left[i]]:  # ColorJitter leaves a strength of 0 out
+                image = operations[left[i]](image, factors[left[i]])
             del left[i]
+    if view.one_of:
+        return np.moveaxis(np.asarray(image), -1, 0)
     if draws[29] < view.grayscale:
         image = F.to_grayscale(image, 3)
     if draws[30] < view.blur:
-        image = image.filter(ImageFilter.GaussianBlur(draws.between(31, *view.blur_sigma)))
+        image = image.filter(blurred)
     if draws[32] < view.solarize:
         image = ImageOps.solarize(image)
     return np.moveaxis(np.asarray(image), -1, 0)
@@ -351,6 +367,26 @@ def test_every_view_of_a_dino_recipe_is_what_pillow_gives_for_the_same_parameter
         for v, view in enumerate(views):
             expected = expected_view(image, view, Draws(7, 3, i, v))
             np.testing.assert_array_equal(ours[v][i], expected, err_msg=f"image {i}, view {v}")
+
+
+def test_three_augment_is_what_pillow_gives_for_the_same_parameters():
+    tiles = [PHOTO[:300, :400], PHOTO[100:400, 400:], PHOTO[:60, :90], PHOTO[:33, :31]]
+    stored = [jpeg(np.ascontiguousarray(tile), quality=90) for tile in tiles] * 12
+    views = [three_augment_views(40, simple_crop=simple)[0][0] for simple in (True, False)]
+    # Small enough that most windows reach over an edge, with every operation that there is
+    views.append(View(5, (1.0, 1.0), simple_crop=True, interpolation="bilinear", **ALWAYS))
+    keys = kernels.sample_keys(2, 9, np.arange(len(stored)))
+    status, ours = rendered(stored, views, keys)
+    assert not status.any()
+    chosen = set()
+    for i, (data, *_) in enumerate(stored):
+        image = Image.fromarray(decoded(data))
+        for v, view in enumerate(views):
+            drawn = Draws(2, 9, i, v)
+            expected = expected_view(image, view, drawn)
+            np.testing.assert_array_equal(ours[v][i], expected, err_msg=f"image {i}, view {v}")
+            chosen.add((v, int(3 * drawn[33])))
+    assert {(v, c) for v in (0, 1) for c in range(3)} <= chosen
 
 
 ALWAYS = {

@@ -187,8 +187,10 @@ def test_step_k_is_the_same_set_of_images_however_it_is_divided(
         assert len(micro_batches) == 2 * accumulation
         for number, indices in enumerate(micro_batches):
             step, micro = divmod(number, accumulation)
-            first = step * 24 + (micro * world + rank) * batch
+            place = rank * accumulation + micro
+            first = step * 24 + place * batch
             assert indices == order[first : first + batch].tolist()
+            assert loader.place(micro) == place
 
 
 # --- determinism -------------------------------------------------------------------------------

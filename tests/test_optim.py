@@ -3,7 +3,9 @@
 import copy
 
 import pytest
+import timm
 import torch
+from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from ssl_xcit.dino import DINOHead, MultiCropWrapper
@@ -13,10 +15,11 @@ from ssl_xcit.optim import (
     build_optimizer,
     clip_gradients,
     freeze_last_layer,
+    layer_scales,
     parameter_groups,
     set_hyperparameters,
 )
-from ssl_xcit.xcit import XCiT
+from ssl_xcit.xcit import XCiT, build_xcit
 
 
 def student(norm_last_layer=True):
@@ -89,6 +92,38 @@ def test_groups_cover_every_trainable_parameter_once_and_no_frozen_one():
     assert sorted(names) == sorted(n for n, p in model.named_parameters() if p.requires_grad)
 
 
+def test_layer_wise_rates_and_exemptions_are_timms():
+    theirs = {}
+    reference = timm.create_model("xcit_nano_12_p16_224", num_classes=5)
+    names = {id(p): name for name, p in reference.named_parameters()}
+    for group in param_groups_layer_decay(reference, 0.05, {"cls_token"}, layer_decay=0.7):
+        for parameter in group["params"]:
+            name = names[id(parameter)].replace("pos_embed.", "pos_embeder.")
+            for part in "qkv":  # timm splits the class attention's qkv
+                name = name.replace(f".attn.{part}.", ".attn.qkv.")
+            theirs[name] = (group["lr_scale"], group["weight_decay"])
+    model = build_xcit("xcit_nano_12_p16", num_classes=5)
+    groups = parameter_groups(model, ("cls_token",), layer_scales(12, 0.7))
+    optimizer = build_optimizer("adamw", groups)
+    set_hyperparameters(optimizer, 1.0, 0.05)
+    ours = {
+        name: (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for name in group["param_names"]
+    }
+    assert ours.keys() == theirs.keys()
+    for name, values in ours.items():
+        assert values == pytest.approx(theirs[name], rel=1e-12), name
+    assert ours["head.weight"] == (1.0, 0.05)
+    assert len({rate for rate, _ in ours.values()}) == 16  # stem, 12 + 2 blocks, head
+
+
+def test_without_layer_decay_there_are_dinos_two_groups():
+    model = build_xcit("xcit_nano_12_p16", num_classes=5)
+    groups = parameter_groups(model, lr_scale=layer_scales(12, 1.0))
+    assert [len(g["params"]) for g in groups] == [len(g["params"]) for g in parameter_groups(model)]
+
+
 # -- optimisers ----------------------------------------------------------------------------------
 
 
@@ -121,16 +156,15 @@ def naive_run(name, model, gradients, lr, weight_decay):
     return values
 
 
-@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(("name", "lr"), [("adamw", 1e-3), ("sgd", 0.03), ("lars", 0.5)])
-def test_optimisers_follow_their_equations(name, lr, fused):
+def test_optimisers_follow_their_equations(name, lr):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 4, bias=False))
     model.append(nn.Linear(4, 3, bias=False))
     nn.init.zeros_(model[3].weight)  # LARS leaves a tensor of norm 0 at the plain update
     gradients = [{n: torch.randn_like(p) for n, p in model.named_parameters()} for _ in range(5)]
     expected = naive_run(name, model, gradients, lr, weight_decay=0.3)
-    optimizer = build_optimizer(name, parameter_groups(model), fused=fused)
+    optimizer = build_optimizer(name, parameter_groups(model))
     for grads in gradients:
         for n, p in model.named_parameters():
             p.grad = grads[n].clone()
@@ -138,6 +172,33 @@ def test_optimisers_follow_their_equations(name, lr, fused):
         optimizer.step()
     for n, p in model.named_parameters():
         torch.testing.assert_close(p.detach().double(), expected[n], rtol=3e-6, atol=3e-7)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+@pytest.mark.parametrize("bad_step", [0, 2])
+def test_a_step_marked_as_bad_changes_neither_parameters_nor_state(name, bad_step):
+    def trained(skip: bool) -> tuple[list[torch.Tensor], dict]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5))
+        optimizer = build_optimizer(name, parameter_groups(model))
+        for step in range(4):
+            gradients = [torch.randn_like(p) for p in model.parameters()]
+            if step == bad_step:
+                if not skip:
+                    continue
+                gradients[0][1, 2], gradients[1][0] = float("nan"), float("inf")
+            for p, gradient in zip(model.parameters(), gradients, strict=True):
+                p.grad = gradient
+            set_hyperparameters(optimizer, 0.01, 0.3)
+            optimizer.found_inf = torch.tensor(float(step == bad_step))
+            optimizer.step()
+        return list(model.parameters()), optimizer.state_dict()["state"]
+
+    (parameters, state), (expected, expected_state) = trained(skip=True), trained(skip=False)
+    assert all(torch.equal(p, e) for p, e in zip(parameters, expected, strict=True))
+    for key, moments in expected_state.items():
+        for moment, value in moments.items():
+            assert torch.equal(state[key][moment], value)
 
 
 def test_lars_neither_decays_nor_rescales_vectors_even_in_a_decayed_group():
@@ -177,11 +238,11 @@ def test_lars_continues_from_its_state_dict():
 
 def test_an_unknown_optimiser_is_refused():
     with pytest.raises(UserError, match=r"adamw, sgd or lars, got 'adam'"):
-        build_optimizer("adam", parameter_groups(nn.Linear(2, 2)), fused=False)
+        build_optimizer("adam", parameter_groups(nn.Linear(2, 2)))
 
 
 def test_learning_rate_goes_to_both_groups_and_weight_decay_to_the_decayed_one():
-    optimizer = build_optimizer("adamw", parameter_groups(nn.Linear(2, 2)), fused=False)
+    optimizer = build_optimizer("adamw", parameter_groups(nn.Linear(2, 2)))
     assert [group["lr"] for group in optimizer.param_groups] == [0.0, 0.0]
     for lr, weight_decay in ((0.1, 0.0), (0.2, 0.4)):  # from a decay of 0 too
         set_hyperparameters(optimizer, lr, weight_decay)
@@ -248,7 +309,7 @@ def test_clipping_without_any_gradient_returns_zero():
 def test_a_frozen_last_layer_gets_no_step_no_decay_and_no_moments():
     model = student(norm_last_layer=False)
     before = copy.deepcopy(model.state_dict())
-    optimizer = build_optimizer("adamw", parameter_groups(model), fused=False)
+    optimizer = build_optimizer("adamw", parameter_groups(model))
     fill_gradients(model)
     freeze_last_layer(model)
     set_hyperparameters(optimizer, 1e-2, 0.4)

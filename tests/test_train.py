@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from conftest import photo_tiles
 
-from ssl_xcit import checkpoint, distributed, train
+from ssl_xcit import checkpoint, distributed, engine, run_folder, train
 from ssl_xcit.beton import write_beton
 from ssl_xcit.config import TrainConfig, load_config
 from ssl_xcit.errors import UserError
+from ssl_xcit.guard import BatchStatistics
 from ssl_xcit.metrics import read_metrics
-from ssl_xcit.run import build
+from ssl_xcit.train import Pretraining
 
 ROOT = Path(__file__).parents[1]
 SMALL = {  # an xcit_nano_12_p16 on crops of 32 pixels, in float32: 0.2 s a step
@@ -89,8 +90,8 @@ def scientific(rows: list[dict]) -> list[dict]:
 
 def build_student(photos: Path, out: Path, **changes) -> dict[str, torch.Tensor]:
     """The student's state at the start."""
-    run = build(config(photos, out, **changes), distributed.setup("cpu"))
-    return run.bare_student.state_dict()
+    run = Pretraining(config(photos, out, **changes), distributed.setup("cpu"))
+    return run.bare_model.state_dict()
 
 
 @pytest.fixture(scope="module")
@@ -107,10 +108,10 @@ def test_a_step_is_that_of_the_equations(photos, tmp_path):
         photos, tmp_path, optimizer="sgd", drop_path_rate=0, clip_grad=0.05, warmup_epochs=0,
         freeze_last_layer=0, momentum_teacher=0.9, lr=1.0,
     )  # fmt: skip
-    run = build(settings, distributed.setup("cpu"))
+    run = Pretraining(settings, distributed.setup("cpu"))
     run.loader.set_epoch(0, 0)
     global_crops, local_crops, indices = next(iter(run.loader))
-    student = copy.deepcopy(run.bare_student).double().train()
+    student = copy.deepcopy(run.bare_model).double().train()
     teacher = copy.deepcopy(run.teacher).double().train()
     # A centre of 0 would hide its sign and the moment of its update.
     run.dino_loss.center.uniform_(-0.1, 0.1)
@@ -119,7 +120,7 @@ def test_a_step_is_that_of_the_equations(photos, tmp_path):
     teacher_before = {name: p.detach().clone() for name, p in teacher.named_parameters()}
 
     batch = (global_crops.clone(), local_crops.clone(), indices.clone())
-    train.train_step(run, iter([batch]), 0)
+    engine.train_step(run, iter([batch]), 0, BatchStatistics(run.modules()))
 
     crops = [batch[0].double(), batch[1].double()]
     n = len(batch[2])
@@ -140,7 +141,7 @@ def test_a_step_is_that_of_the_equations(photos, tmp_path):
     assert run.meters.means()[0].item() == pytest.approx(loss.item(), rel=1e-5)
     lr, momentum, clipped = 1.0 * 12 / 256, 0.9, 0
     for name, parameter in student.named_parameters():
-        ours = run.bare_student.get_parameter(name).double()
+        ours = run.bare_model.get_parameter(name).double()
         if not parameter.requires_grad:
             assert torch.equal(ours, before[name])
             continue
@@ -181,14 +182,14 @@ def test_the_run_folder_tells_what_ran(finished):
 
 
 def test_the_last_layer_is_frozen_in_its_first_epoch_only(photos, tmp_path):
-    run = build(config(photos, tmp_path, drop_path_rate=0), distributed.setup("cpu"))
-    layer = run.bare_student.head.last_layer.weight_v
+    run = Pretraining(config(photos, tmp_path, drop_path_rate=0), distributed.setup("cpu"))
+    layer = run.bare_model.head.last_layer.weight_v
     start = layer.detach().clone()
     for epoch in range(2):
         run.loader.set_epoch(epoch, 0)
         batches = iter(run.loader)
         for step in range(epoch * 4, epoch * 4 + 4):
-            train.train_step(run, batches, step)
+            engine.train_step(run, batches, step, BatchStatistics(run.modules()))
         assert torch.equal(layer, start) == (epoch == 0)
     run.loader.close()
 
@@ -260,6 +261,7 @@ def test_two_ranks_agree_on_every_parameter_and_equal_two_micro_batches(photos, 
     worker = str(ROOT / "tests" / "dump_ranks.py")
     # SGD, because Adam turns rounding noise in vanishing gradients into steps of the full rate
     settings = {"batch_size_per_gpu": 6, "drop_path_rate": 0.2, "optimizer": "sgd", "lr": 0.1}
+    settings |= {"sync_bn": False}
     result = command(worker, *flags(photos, two, **settings), ranks=2)
     assert result.returncode == 0, result.stderr
     ranks = [torch.load(two / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
@@ -319,8 +321,8 @@ def test_another_configuration_in_the_same_folder_is_refused_with_its_keys(photo
 
 
 def test_a_loss_that_is_no_longer_finite_stops_the_run_before_it_is_saved(photos, tmp_path):
-    with pytest.raises(UserError, match="no longer finite"):
-        train.train(config(photos, tmp_path / "run", lr=1e30, warmup_epochs=0))
+    with pytest.raises(UserError, match="not finite in 3 steps in a row, from step"):
+        train.train(config(photos, tmp_path / "run", lr=1e30, warmup_epochs=0, max_bad_steps=3))
     found, skipped = checkpoint.load_latest(tmp_path / "run" / "checkpoints")
     assert skipped == []
     assert found is None or all(
@@ -331,7 +333,7 @@ def test_a_loss_that_is_no_longer_finite_stops_the_run_before_it_is_saved(photos
 
 
 def test_running_out_of_memory_names_the_options_to_change(photos, tmp_path):
-    advice = train.out_of_memory_advice(config(photos, tmp_path))
+    advice = engine.out_of_memory_advice(config(photos, tmp_path))
     with pytest.raises(UserError, match=r"size_per_gpu 12.*--accumulation_steps 1"), advice:
         torch.empty(2**50)  # the allocator's own refusal
     with pytest.raises(RuntimeError, match="something else"), advice:
@@ -366,3 +368,17 @@ def test_bf16_trains_in_float32_weights(photos, tmp_path):
     row = train.train(config(photos, tmp_path / "run", precision="bf16", epochs=1))
     assert math.isfinite(row["train/loss"])
     assert {t.dtype for t in weights(tmp_path / "run").values()} <= {torch.float32, torch.int64}
+
+
+def test_the_commit_is_gits_word_or_what_a_frozen_copy_notes_and_missing_git_is_no_error(
+    tmp_path, monkeypatch
+):
+    frozen = tmp_path / "ssl_xcit"
+    frozen.mkdir()
+    monkeypatch.setattr(run_folder, "__file__", str(frozen / "run_folder.py"))
+    assert run_folder.commit() is None
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git there
+    assert run_folder.commit() is None
+    assert run_folder.versions()["torch"] == torch.__version__
+    (tmp_path / "COMMIT").write_text("abc123\n")
+    assert run_folder.commit() == "abc123"

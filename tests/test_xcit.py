@@ -345,6 +345,27 @@ def test_class_attention_maps_and_the_share_of_the_cls_token_sum_to_one():
     assert torch.equal(seen[1][:, :, 1:], maps)
 
 
+@pytest.mark.parametrize("patch_size", [16, 8])
+def test_the_class_attention_inputs_are_what_hooks_see_enter_the_layers(patch_size):
+    model = micro(patch_size).double().eval()
+    x = torch.randn(2, 3, 48, 32).double()
+    seen = []
+    for block in model.cls_attn_blocks:
+        block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[:2]))
+    logits = model(x)
+    expected, seen[:] = [*seen], []
+    found = model.class_attention_inputs(x)
+    assert len(expected) == 2
+    for (cls, patches), (raw_cls, raw_patches) in zip(found[:2], expected, strict=True):
+        assert gap(cls, model.norm(raw_cls)) < 1e-12
+        assert gap(patches, model.norm(raw_patches)) < 1e-12
+    assert gap(model.head(found[2][0]), logits) < 1e-12
+    for ours, theirs in zip(found[2], model.forward_features(x), strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(found[0][0][0], found[0][0][1])  # has not seen the image yet
+    assert gap(found[1][0][0], found[1][0][1]) > 1e-3
+
+
 # Any image.
 
 

@@ -1,0 +1,17 @@
+"""Supervised fine-tuning of a whole network, from any checkpoint or from scratch.
+
+    python eval/finetune.py --init runs/a --data train.beton --test val.beton --out runs/ft
+    python eval/finetune.py --from_scratch --arch xcit_small_12_p16 ...         from random weights
+    python eval/finetune.py --config configs/finetune/xcit_384.yaml ...         a recipe
+    torchrun --nproc-per-node 8 eval/finetune.py ...                            on several GPUs
+
+The same command again continues the run in its folder. Published for XCiT on ImageNet at 224 pixels
+(from scratch, 400 epochs): nano_12_p16 69.98, tiny_12_p16 77.12, small_12_p16 81.98,
+medium_24_p16 82.63. The work is done by ssl_xcit/finetune.py, through the engine of pretraining.
+"""
+
+from ssl_xcit.config import run_command
+from ssl_xcit.finetune_config import FinetuneConfig
+
+if __name__ == "__main__":
+    run_command(FinetuneConfig, "ssl_xcit.finetune:finetune")

@@ -1,0 +1,16 @@
+"""Accuracy of a supervised checkpoint with its own classifier, beside the published one.
+
+    python eval/supervised.py --checkpoint xcit_small_12_p8_384_dist.pth --data val.beton
+    python eval/supervised.py --model xcit-small-12-p8_3rdparty-dist_in1k-384px --checkpoint F ...
+    python eval/supervised.py --all FOLDER --data val.beton --out zoo.json
+    python eval/supervised.py --list
+
+Published for the 42 models: --list, for example 85.12 for the one above. The work is done by
+ssl_xcit/supervised.py, supervised_tables.py and model_zoo.py.
+"""
+
+from ssl_xcit.config import run_command
+from ssl_xcit.supervised_config import SupervisedConfig
+
+if __name__ == "__main__":
+    run_command(SupervisedConfig, "ssl_xcit.supervised:evaluate_supervised")

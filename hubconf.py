@@ -1,0 +1,66 @@
+"""torch.hub entry points: one for each architecture, by the names of `ssl_xcit.xcit`.
+
+    load = functools.partial(torch.hub.load, "path/to/this/repository", source="local")
+    load("xcit_small_12_p16")                                        the architecture, untrained
+    load("xcit_small_12_p16", pretrained="file.pth")          a file in any format, a run folder
+    load("xcit_small_12_p16", pretrained="file.pth", num_classes=0)       without its classifier
+
+Nothing is downloaded.
+"""
+
+# Names without underscore would be listed as entry points.
+from ssl_xcit.xcit import ARCHITECTURES as _ARCHITECTURES
+from ssl_xcit.xcit import XCiT as _XCiT
+
+dependencies = ["torch", "safetensors", "jaxtyping"]
+
+
+def _entry_point(arch: str) -> object:
+    def build(
+        pretrained: str = "",
+        num_classes: int | None = None,
+        role: str = "teacher",
+        drop_path_rate: float = 0.0,
+    ) -> _XCiT:
+        from ssl_xcit.checkpoint import read_weights
+        from ssl_xcit.errors import UserError
+        from ssl_xcit.xcit import build_xcit
+
+        if isinstance(pretrained, bool) and pretrained:
+            raise UserError("nothing is downloaded: pretrained must be the path of a file or run")
+        if not pretrained:
+            classes = 1000 if num_classes is None else num_classes
+            return build_xcit(arch, num_classes=classes, drop_path_rate=drop_path_rate)
+        _, state, info = read_weights(pretrained, role, arch)
+        classes = info["num_classes"] if num_classes is None else num_classes
+        if classes not in (0, info["num_classes"]):
+            raise UserError(
+                f"{info['path']} has {info['num_classes'] or 'no'} classes, not {classes}: take "
+                "the backbone by num_classes=0 and put your own classifier into its `head`"
+            )
+        if classes == 0:
+            state = {key: tensor for key, tensor in state.items() if not key.startswith("head.")}
+        in_chans = state["patch_embed.proj.0.0.weight"].shape[1]
+        model = build_xcit(
+            arch, num_classes=classes, in_chans=in_chans, drop_path_rate=drop_path_rate
+        )
+        model.load_state_dict(state)
+        return model.eval()
+
+    build.__name__ = build.__qualname__ = arch
+    build.__doc__ = f"""{arch}, untrained or with the weights in `pretrained`.
+
+    Args:
+        pretrained: path of a file in any format that `ssl_xcit.checkpoint` reads, or of a run.
+        num_classes: 0 for the cls token instead of logits; otherwise the classes of the file, or
+            without a file any number (1000).
+        role: which network of a file with several.
+        drop_path_rate: for training on.
+
+    Returns the network in evaluation mode with `pretrained`, in training mode without. Raises
+    UserError for a file that is not exactly this architecture.
+    """
+    return build
+
+
+globals().update({_arch: _entry_point(_arch) for _arch in _ARCHITECTURES})

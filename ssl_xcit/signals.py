@@ -1,0 +1,55 @@
+"""Signals that ask a training to stop: they set a flag, and the engine saves and leaves.
+
+SIGTERM (a cluster's preemption, `docker stop`), SIGINT (Ctrl-C) and SIGUSR2 (submitit's time limit)
+mean the same. Further signals change nothing: the first one is being answered.
+"""
+
+import signal
+import threading
+from contextlib import AbstractContextManager
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+
+EXIT_STOPPED = 75
+"""Exit status of a training that a signal has ended (sysexits' EX_TEMPFAIL): its state is saved and
+the same command continues it."""
+
+
+class Stopped(SystemExit):
+    """A signal has ended the training; uncaught it becomes the exit status EXIT_STOPPED."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(EXIT_STOPPED)
+        self.reason = reason
+
+
+class StopSignals(AbstractContextManager):
+    """Within it a stop signal is noted instead of killing the process.
+
+    Python runs signal handlers in the main thread; in another one this context does nothing.
+
+    Attributes:
+        received: the name of the first signal, or "".
+        eager: while true a signal raises `Stopped` at once. For the time before the first step is
+            finished, when there is nothing to save and a compilation may take minutes.
+    """
+
+    def __init__(self, eager: bool = True) -> None:
+        self.received, self.eager = "", eager
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        first = not self.received
+        self.received = self.received or signal.Signals(number).name
+        if self.eager and first:
+            raise Stopped(self.received)

@@ -1,0 +1,197 @@
+"""The cost of a pretraining, foretold.
+
+Oracles: torch's own counters of FLOPs and of allocated memory, watching real steps of the same
+size, and arithmetic written out.
+"""
+
+import copy
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from ssl_xcit import train, training_cost
+from ssl_xcit.config import Crops, Head, Optim, Run, TrainConfig, load_config, save_config
+from ssl_xcit.dino import DINOLoss
+from ssl_xcit.errors import UserError
+from ssl_xcit.plan import IMAGENET, PlanConfig
+from ssl_xcit.training_cost import describe_plan, plan_training, step_flops
+from ssl_xcit.training_memory import (
+    LiveBytes,
+    crop_groups,
+    dino_network,
+    forward_backward,
+    training_memory,
+)
+from ssl_xcit.xcit import build_xcit
+
+SMALL = PlanConfig(
+    "xcit_nano_12_p16",
+    crops=Crops(global_crops_size=64, local_crops_size=32, local_crops_number=3),
+    head=Head(out_dim=512, head_hidden_dim=64, head_bottleneck_dim=32),
+    optim=Optim(batch_size_per_gpu=2, epochs=3),
+    run=Run(precision="fp32", device="cpu"),
+    gpus=1,
+    images=100,
+)
+
+
+def changed(config, section, **values):
+    part = dataclasses.replace(getattr(config, section), **values)
+    return dataclasses.replace(config, **{section: part})
+
+
+def real_step(config):
+    """Networks, loss and random views of a micro-batch; on the CPU, in float32."""
+    student = dino_network(config)
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    teacher.backbone.drop_path_rate = 0.0
+    n = config.optim.batch_size_per_gpu
+    crops = [torch.randn(views, n, 3, side, side) for views, side in crop_groups(config)]
+    return student, teacher, DINOLoss(config.head.out_dim), crops
+
+
+@pytest.fixture(scope="module")
+def memory():
+    return training_memory(SMALL, 1, cuda=False)
+
+
+def convolution_gradients(grad_shape, x_shape, w_shape, *args, out_shape=None, **kwargs):
+    """FLOPs of aten.convolution_backward; torch's own formula takes depthwise ones for dense."""
+    wanted = args[-1]  # (of the input, of the weight, of the bias)
+    return 2 * math.prod(w_shape) * grad_shape[0] * math.prod(grad_shape[2:]) * sum(wanted[:2])
+
+
+def counter():
+    gradients = {torch.ops.aten.convolution_backward: convolution_gradients}
+    return FlopCounterMode(display=False, custom_mapping=gradients)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SMALL,
+        changed(SMALL, "crops", local_crops_number=0),
+        changed(SMALL, "head", use_bn_in_head=True, norm_last_layer=False, head_layers=1),
+    ],
+    ids=["as it is", "no local views", "other head"],
+)
+def test_flops_of_a_step_are_those_that_torchs_counter_sees_in_a_real_one(config):
+    student, teacher, loss, crops = real_step(config)
+    flops = step_flops(config)
+    with counter() as all_of_it:
+        forward_backward(config, student, teacher, loss, crops)
+    assert flops.total == all_of_it.get_total_flops()
+    with counter() as forward:
+        teacher(crops[:1])
+    assert flops.teacher == forward.get_total_flops()
+    with counter() as forward:
+        student(crops)
+    assert flops.student_forward == forward.get_total_flops()
+
+
+def test_accumulation_multiplies_the_step():
+    twice = step_flops(changed(SMALL, "optim", accumulation_steps=2))
+    assert twice == tuple(2 * part for part in step_flops(SMALL))
+
+
+def test_the_planned_networks_are_those_that_training_builds():
+    planned, trained = dino_network(SMALL).state_dict(), train._student(SMALL).state_dict()
+    assert {k: v.shape for k, v in planned.items()} == {k: v.shape for k, v in trained.items()}
+
+
+def test_planned_memory_is_what_torchs_allocator_gave_to_a_real_step(memory):
+    """The profiler sees operators' scratch memory too, which the plan leaves out."""
+    step = real_step(SMALL)
+    forward_backward(SMALL, *step)  # libraries set themselves up
+    step[0].zero_grad(set_to_none=True)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        forward_backward(SMALL, *step)
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    assert 0.93 * peak < memory.passes <= peak
+
+
+def test_planned_memory_is_to_the_byte_what_the_operators_of_a_real_step_return(memory):
+    assert memory.passes == pytest.approx(real_passes(SMALL), rel=1e-4)  # the odd scalar
+
+
+def real_passes(config, gradients_stay=False):
+    student, teacher, loss, crops = real_step(config)
+    held = [*student.parameters(), *student.buffers(), *teacher.parameters(), *teacher.buffers()]
+    if gradients_stay:
+        for parameter in filter(lambda p: p.requires_grad, student.parameters()):
+            parameter.grad = torch.zeros_like(parameter)
+            held.append(parameter.grad)
+    with LiveBytes([*held, loss.center, *crops]) as live:
+        forward_backward(config, student, teacher, loss, crops)
+    return live.peak
+
+
+def test_what_stays_is_counted_by_hand(memory):
+    backbone = build_xcit("xcit_nano_12_p16", num_classes=0)
+    head = 128 * 64 + 64 + 64 * 64 + 64 + 64 * 32 + 32 + 512 * 32 + 512
+    parameters = sum(p.numel() for p in backbone.parameters()) + head
+    statistics = sum(b.numel() * b.element_size() for b in backbone.buffers())
+    assert memory.student == memory.teacher == 4 * parameters + statistics
+    trained = parameters - 512  # weight_g stays 1
+    # moments in float32, and AdamW's count of steps for each of its tensors
+    assert 0 <= memory.optimizer - 2 * 4 * trained < 4 * 1000
+    assert memory.centre == 4 * 512
+    assert memory.images == 4 * 2 * 3 * (2 * 64**2 + 3 * 32**2)
+    assert memory.gradients == 0
+    assert 4 * trained <= memory.update < 4 * trained + 100_000  # and the norms of clipping
+
+
+def test_several_gpus_keep_gradients_and_bytes_and_bf16_needs_less(memory):
+    config = changed(SMALL, "run", precision="bf16")
+    several = training_memory(config, 2, cuda=True)
+    assert several.gradients == pytest.approx(memory.student, rel=0.02)
+    assert several.images == memory.images * 5 // 4
+    assert several.resident == memory.resident + several.gradients + memory.images // 4
+    assert several.passes == pytest.approx(real_passes(config, gradients_stay=True), rel=2e-3)
+    assert several.passes < memory.passes
+    assert several.peak == several.resident + several.passes
+    assert several.update >= memory.student - memory.centre - 20_000  # the teacher's move
+
+
+def test_a_real_forward_after_a_plan_has_real_positions(memory):
+    out = build_xcit("xcit_nano_12_p16", num_classes=0).eval()(torch.zeros(1, 3, 64, 64))
+    assert math.isfinite(out.detach().sum().item())
+
+
+def test_hours_are_flops_by_throughput(memory, monkeypatch):
+    monkeypatch.setattr(training_cost, "training_memory", lambda *args, **kwargs: memory)
+    plan = plan_training(dataclasses.replace(SMALL, tflops=2.0, utilisation=0.25))
+    assert (plan.global_batch, plan.steps_per_epoch, plan.steps) == (2, 50, 150)
+    seconds = step_flops(SMALL).total / 0.5e12
+    assert plan.hours == pytest.approx(150 * seconds / 3600)
+    assert plan.images_per_second == pytest.approx(2 / seconds)
+    text = describe_plan(SMALL, plan)
+    assert "3 epochs x 50 steps = 150 steps" in text
+    assert f"{plan.memory.peak / 1e6:,.1f} MB" in text
+
+
+def test_recipes_and_a_runs_own_configuration_apply(tmp_path):
+    files = ["pretrain/{arch}.yaml"]
+    config = load_config(PlanConfig, files, ["--arch", "xcit_small_12_p8", "--gpus", "64"])
+    assert (config.optim.batch_size_per_gpu, config.optim.epochs) == (16, 300)  # the recipe's
+    assert (config.gpus, config.images) == (64, IMAGENET)
+    save_config(TrainConfig("xcit_nano_12_p8", "a.beton", "runs/a"), tmp_path / "config.yaml")
+    config = load_config(PlanConfig, files, ["--config", str(tmp_path / "config.yaml")])
+    assert (config.arch, config.data) == ("xcit_nano_12_p8", "a.beton")
+
+
+def test_what_cannot_be_planned_is_refused_with_what_to_do():
+    with pytest.raises(UserError, match="a step takes 2 images, there are 1: lower"):
+        plan_training(dataclasses.replace(SMALL, images=1))
+    with pytest.raises(UserError, match=r"utilisation must be in \(0, 1\]"):
+        dataclasses.replace(SMALL, utilisation=0.0)
+    with pytest.raises(UserError, match="gpus must be >= 1"):
+        dataclasses.replace(SMALL, gpus=0)

@@ -1,0 +1,420 @@
+"""launch/submit.py against a real SLURM: see slurm_cluster.py. All jobs run side by side.
+
+One run, `whole`, is left in peace; what happens to the others must not change a bit of theirs.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from slurm_cluster import WANTED, SlurmCluster, Unavailable, install
+from test_train import SMALL
+
+from ssl_xcit.checkpoint import load_latest
+from ssl_xcit.config import TrainConfig, read_config
+from ssl_xcit.metrics import read_metrics
+from ssl_xcit.runs import list_runs
+
+ROOT = Path(__file__).parents[1]
+SMALL = SMALL | {"epochs": 12, "num_workers": 1, "local_crops_number": 1}
+STEPS = 48
+JOB = {"gpus_per_node": 0, "cpus_per_task": 1, "time": 0.2, "signal_delay": 30}
+
+
+class Run(NamedTuple):
+    """A submitted run."""
+
+    job: str
+    out: Path
+    said: str
+
+    @property
+    def rows(self) -> list[dict]:
+        """Of metrics.jsonl, so far."""
+        path = self.out / "metrics.jsonl"
+        return read_metrics(path) if path.exists() else []
+
+    @property
+    def log(self) -> str:
+        """What rank 0 has printed."""
+        return (self.out / f"slurm/{self.job}_0_log.out").read_text()
+
+    @property
+    def attempts(self) -> list[dict]:
+        """How far the run had come at the start of each attempt."""
+        path = self.out / f"slurm/{self.job}_attempts.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """Two nodes for whoever comes, and three whose jobs will suffer."""
+    if not WANTED:
+        pytest.skip("a real SLURM on this machine: SLURM_TESTS=required")
+    try:
+        install()
+    except Unavailable as reason:
+        if WANTED == "required":
+            raise
+        pytest.skip(str(reason))
+    cluster = SlurmCluster(nodes=5)
+    with cluster:
+        yield cluster
+    assert cluster._processes() == []
+    assert not cluster.folder.exists()
+
+
+class Submitter:
+    """Runs launch/submit.py in a folder with photos.beton."""
+
+    def __init__(self, cluster: SlurmCluster, folder: Path) -> None:
+        self.cluster, self.folder = cluster, folder
+
+    def __call__(self, *flags: str, root: Path = ROOT, **changes) -> subprocess.CompletedProcess:
+        settings = SMALL | {"data": "photos.beton"} | JOB | changes
+        given = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+        return subprocess.run(
+            [sys.executable, str(root / "launch/submit.py"), *given, *flags],
+            cwd=self.folder,
+            env=self.cluster.environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def run(self, name: str, *flags: str, **options) -> Run:
+        """Submit the run of this name."""
+        done = self(*flags, "--out", f"runs/{name}", **options)
+        assert done.returncode == 0, done.stderr
+        return Run(done.stdout.split()[1].rstrip(","), self.folder / "runs" / name, done.stdout)
+
+
+@pytest.fixture(scope="module")
+def submit(cluster, photos, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("submitted")
+    shutil.copy(photos, folder / "photos.beton")
+    return Submitter(cluster, folder)
+
+
+def nodelist(cluster: SlurmCluster, *numbers: int) -> str:
+    """The option that leaves a job these nodes."""
+    others = [name for number, name in enumerate(cluster.names) if number not in numbers]
+    return f"exclude={','.join(others)}"
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A checkout that may be changed."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("ssl_xcit", "configs", "eval", "launch"):
+        shutil.copytree(ROOT / name, folder / name)
+    for name in ("main_dino.py", "pyproject.toml"):
+        shutil.copy2(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(cluster, submit, checkout):
+    """All runs, submitted before the first test looks at any."""
+    images = ("--eval_train", "photos.beton", "--eval_test", "photos.beton")
+    calm, alone, fragile = (nodelist(cluster, *n) for n in ((0, 1), (2,), (3, 4)))
+    flags = {
+        "whole": (calm,),
+        "signalled": (calm, "--eval", "knn", *images),
+        "cancelled": (calm,),
+        "requeued": (calm,),
+        "limited": (calm, "--time", str(1 / 60), "--signal_delay", "10"),
+        "preempted": (alone, "--partition", "low"),
+        "lost": (fragile,),
+    }
+    found = {
+        name: submit.run(name, "--additional", additional, *others)
+        for name, (additional, *others) in flags.items()
+    }
+    found["frozen"] = submit.run("frozen", "--additional", f"{calm} hold", root=checkout, epochs=1)
+    ranks = ("--nodes", "2", "--tasks_per_node", "2", "--batch_size_per_gpu", "3")
+    found["ranks"] = submit.run("ranks", "--additional", calm, *ranks, epochs=2)
+    sweep = ("--sweep", "optim.lr=1e-3,2e-3", "seed=0", "--additional", calm)
+    found["sweep"] = submit.run("sweep", *sweep, epochs=1)
+    return found
+
+
+# What happens to the runs. Each function waits until its run is under way and returns the number of
+# steps that it had logged by then.
+
+
+def under_way(run: Run, cluster: SlurmCluster) -> int:
+    end = time.monotonic() + 150
+    while len(run.rows) < 3:
+        assert time.monotonic() < end, cluster.job(run.job)
+        assert cluster.state(run.job) in ("PENDING", "RUNNING", "COMPLETING"), run.log
+        time.sleep(0.1)
+    return len(run.rows)
+
+
+def command(run: Run, cluster: SlurmCluster, *words: str) -> int:
+    steps = under_way(run, cluster)
+    cluster.run(*words)
+    return steps
+
+
+def wait_for_the_limit(run: Run, cluster: SlurmCluster) -> int:
+    """Stop the run's process, lest it ends before the limit: SLURM's warning wakes it."""
+    steps = under_way(run, cluster)
+    (pid,) = cluster.tasks(run.job)
+    os.kill(pid, signal.SIGSTOP)
+    end = time.monotonic() + 90
+    while pid in cluster.tasks(run.job):
+        status = dict(line.split(":\t", 1) for line in _status(pid))
+        warned = int(status.get("ShdPnd", "0"), 16) & 1 << (signal.SIGUSR2 - 1)
+        if warned or not status.get("State", "").startswith("T"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+            break
+        assert time.monotonic() < end, cluster.job(run.job)
+        time.sleep(0.1)
+    return steps
+
+
+def _status(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return []
+
+
+def lose_node(run: Run, cluster: SlurmCluster) -> int:
+    steps = under_way(run, cluster)
+    cluster.kill_node(cluster.job(run.job)["NodeList"])
+    return steps
+
+
+@pytest.fixture(scope="module", autouse=True)
+def events(runs, cluster):
+    """What happens to the runs, all at once: name -> a future of the steps logged by then."""
+    higher = ("sbatch", "--partition=high", "--exclusive", f"--nodelist={cluster.names[2]}")
+    higher += ("--output=/dev/null", "--wrap=sleep 1")
+    signalled, cancelled, requeued = (runs[n].job for n in ("signalled", "cancelled", "requeued"))
+    with ThreadPoolExecutor() as pool:
+        yield {
+            name: pool.submit(function, runs[name], cluster, *words)
+            for name, (function, *words) in {
+                "signalled": (command, "scancel", "--signal=USR2", signalled),
+                "cancelled": (command, "scancel", cancelled),
+                "requeued": (command, "scontrol", "requeue", requeued),
+                "limited": (wait_for_the_limit,),
+                "preempted": (command, *higher),
+                "lost": (lose_node,),
+            }.items()
+        }
+
+
+def assert_same_state(run: Run, whole: Run) -> None:
+    """Every tensor of the last checkpoints is equal, but the log's own means."""
+    (found, _), (expected, _) = (load_latest(r.out / "checkpoints") for r in (run, whole))
+    assert found.state["step"] == expected.state["step"] == STEPS
+    assert len(expected.tensors) >= 4
+    for group in expected.tensors.keys() - {"meters"}:
+        for name, tensor in expected.tensors[group].items():
+            assert tensor.equal(found.tensors[group][name]), f"{group}/{name}"
+
+
+def test_a_submitted_run_finishes_and_says_how_to_follow_it(runs, cluster):
+    whole = runs["whole"]
+    assert cluster.wait_for(whole.job) == "COMPLETED", whole.log
+    assert [row["step"] for row in whole.rows] == list(range(STEPS))
+    follow = next(line for line in whole.said.splitlines() if line.startswith("follow: "))
+    assert Path(follow.split()[-1]) == whole.out / f"slurm/{whole.job}_0_log.out"
+    assert f"scancel {whole.job}" in whole.said
+    assert "one process (submitit) on cpu" in whole.log
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("signalled", "SIGUSR2"), ("limited", "SIGUSR2"), ("preempted", "SIGTERM")],
+)
+def test_a_run_that_is_told_to_stop_goes_on_without_a_step_lost(runs, cluster, events, name, why):
+    steps, run = events[name].result(), runs[name]
+    assert cluster.wait_for(run.job) == "COMPLETED", run.log
+    stops = [int(step) for step in re.findall(rf"stopped by {why} after (\d+) of", run.log)]
+    assert steps <= stops[0] < STEPS
+    # Each attempt begins where the last one stopped (a loaded machine meets several time limits)
+    assert dict.fromkeys(attempt["step"] for attempt in run.attempts) == dict.fromkeys([0, *stops])
+    assert cluster.job(run.job)["Restarts"] == str(len(run.attempts) - 1)
+    assert len(run.attempts) == 2 or name == "limited"
+    assert [row["step"] for row in run.rows] == list(range(STEPS))
+    assert cluster.wait_for(runs["whole"].job) == "COMPLETED"
+    assert_same_state(run, runs["whole"])
+
+
+@pytest.mark.parametrize("name", ["requeued", "lost"])
+def test_a_run_whose_process_or_node_is_killed_goes_on_from_its_folder(runs, cluster, events, name):
+    events[name].result()
+    run = runs[name]
+    assert cluster.wait_for(run.job) == "COMPLETED", cluster.job(run.job)
+    assert cluster.job(run.job)["Restarts"] == "1"
+    first, second = run.attempts
+    assert (first["host"] != second["host"]) or name == "requeued"
+    assert [row["step"] for row in run.rows] == list(range(STEPS))
+    assert cluster.wait_for(runs["whole"].job) == "COMPLETED"
+    assert_same_state(run, runs["whole"])
+
+
+def test_a_cancelled_run_saves_and_stays_cancelled(runs, cluster, events):
+    events["cancelled"].result()
+    run = runs["cancelled"]
+    assert cluster.wait_for(run.job) == "CANCELLED"
+    assert cluster.job(run.job)["Restarts"] == "0"
+    assert len(run.attempts) == 1
+
+
+def test_an_evaluation_waits_for_its_training_through_every_restart(runs, cluster, events):
+    events["signalled"].result()
+    run = runs["signalled"]
+    job = re.search(r"evaluation knn after it: job (\d+)", run.said).group(1)
+    assert cluster.wait_for(job) == "COMPLETED", (run.out / f"slurm/{job}_0_log.err").read_text()
+    result = json.loads((run.out / "eval/knn.json").read_text())
+    assert result["step"] == STEPS
+    assert result["test"]["images"] == 48
+
+
+def test_tasks_on_two_nodes_are_one_run(runs, cluster):
+    run, whole = runs["ranks"], runs["whole"]
+    assert cluster.wait_for(run.job) == "COMPLETED", run.log
+    places = set()
+    for task in range(4):
+        text = (run.out / f"slurm/{run.job}_{task}_log.out").read_text()
+        place = re.search(r"rank (\d) of 4 \(submitit\), the machine's number (\d) of 2", text)
+        places.add(place.groups())
+        assert re.search(rf"rank 0 is at {re.escape(cluster.names[0])}:\d+", text)
+    assert places == {("0", "0"), ("1", "1"), ("2", "0"), ("3", "1")}
+    # The same images by one process: the schedule of the whole run differs from the second step on
+    first = next(row for row in whole.rows if row["step"] == 0)
+    assert run.rows[0]["train/loss"] == pytest.approx(first["train/loss"], rel=1e-4)
+
+
+def test_a_sweep_is_one_array_with_a_run_folder_each(runs, cluster, submit):
+    array = re.match(r"job (\d+)_0,", runs["sweep"].said).group(1)
+    for number, rate in enumerate(("1e-3", "2e-3")):
+        assert cluster.wait_for(f"{array}_{number}") == "COMPLETED"
+        run = submit.folder / f"runs/sweep/lr={rate}_seed=0"
+        assert f"job {array}_{number}, run folder runs/sweep/{run.name}" in runs["sweep"].said
+        assert read_config(TrainConfig, run / "config.yaml").optim.lr == float(rate)
+        assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == list(range(4))
+    listed = list_runs(submit.folder / "runs/sweep").splitlines()
+    assert listed[0].split()[:4] == ["run", "optim.lr", "seed", "state"]
+    assert [line.split()[1:4] for line in listed[1:]] == [
+        ["0.001", "0", "finished"],
+        ["0.002", "0", "finished"],
+    ]
+
+
+def test_a_queued_run_keeps_the_program_that_it_was_submitted_with(runs, cluster, checkout):
+    run = runs["frozen"]
+    assert cluster.state(run.job) == "PENDING"
+    (checkout / "ssl_xcit/train.py").write_text("raise SystemExit('edited meanwhile')\n")
+    (checkout / "configs/slurm.yaml").unlink()
+    cluster.run("scontrol", "release", run.job)
+    assert cluster.wait_for(run.job) == "COMPLETED", run.log
+    assert f"program in {run.out}/slurm/code_1" in run.log
+    assert (run.out / "slurm/code_1/configs/slurm.yaml").exists()
+
+
+def test_what_a_dry_run_prints_is_what_sbatch_gets_and_takes(runs, cluster, submit):
+    whole = runs["whole"]
+    script = (whole.out / f"slurm/{whole.job}_submission.sh").read_text()
+    calm = nodelist(cluster, 0, 1)
+    done = submit("--out", "runs/whole", "--additional", calm, "--dry-run")
+    assert done.stdout.replace("slurm/code_2", "slurm/code_1").startswith(script)
+    accepted = subprocess.run(
+        ["sbatch", "--test-only"], input=done.stdout, env=cluster.environment,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert accepted.returncode == 0, accepted.stderr
+    assert "Job" in accepted.stderr
+    assert "to start at" in accepted.stderr
+    assert not (whole.out / "slurm/code_2").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (("--partition", "nope"), "error: SLURM refused the job: invalid partition specified"),
+        (("--cpus_per_task", "1000"), "error: SLURM refused the job: "),
+        (("--additional", "colour=blue"), "error: SLURM refused the job: "),
+    ],
+)
+def test_what_slurm_refuses_is_one_line_and_leaves_nothing(submit, flags, complaint):
+    done = submit(*flags, "--out", "runs/refused")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(complaint)
+    assert done.stderr.count("\n") == 1
+    assert not (submit.folder / "runs/refused").exists()
+
+
+def test_a_folder_whose_job_has_not_ended_takes_no_second_one(cluster, submit):
+    run = submit.run("held", "--additional", "hold")
+    done = submit("--out", "runs/held")
+    cluster.run("scancel", run.job)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"is the folder of job {run.job}, which is PENDING" in done.stderr
+    assert submit.run("held", "--additional", "hold").job != run.job
+    assert (run.out / "slurm/code_2").exists()
+
+
+def test_plain_srun_tells_the_ranks_about_each_other(cluster, tmp_path):
+    program = "from ssl_xcit import distributed as d; r = d.setup('cpu', 60); import torch; "
+    program += "print('sum', int(d.all_reduce_mean(torch.ones(1) * r.rank) * 4)); d.teardown()"
+    output = cluster.run(
+        "srun", "--nodes=2", "--ntasks-per-node=2", f"--{nodelist(cluster, 0, 1)}",
+        sys.executable, "-c", program, cwd=tmp_path,
+    )  # fmt: skip
+    assert output.count("sum 6") == 4
+    assert output.count("rank 0 of 4 (SLURM), the machine's number 0 of 2, on cpu") == 1
+
+
+# The cluster itself: whatever happens, nothing is left of it
+
+
+def test_an_interrupted_cluster_leaves_no_process_and_no_file(cluster):
+    def interrupted(other: SlurmCluster) -> None:
+        with other:
+            job = other.run("sbatch", "--output=/dev/null", "--wrap=srun sleep 1000").split()[-1]
+            other.wait_for(job, "RUNNING")
+            assert len(other._processes()) > 3  # the daemons
+            raise KeyboardInterrupt
+
+    other = SlurmCluster(nodes=1)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(other)
+    assert other._processes() == []
+    assert not other.folder.exists()
+    assert "main" in cluster.run("sinfo")  # the one beside it
+
+
+def test_the_daemons_of_a_killed_process_end_with_it(cluster):
+    program = "import os, signal; from slurm_cluster import SlurmCluster; c = SlurmCluster(1); "
+    program += "c.__enter__(); print(c.folder, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    left = object.__new__(SlurmCluster)
+    left.folder, left._daemons = Path(done.stdout.strip()), {}
+    end = time.monotonic() + 20
+    while left._processes() and time.monotonic() < end:
+        time.sleep(0.1)
+    remaining = left._processes()
+    left.__exit__()
+    assert remaining == []

@@ -1,0 +1,108 @@
+"""The watch over the ranks: real processes, of which one is stopped or dies."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from ssl_xcit.distributed import Distributed
+from ssl_xcit.watch import Watch
+
+RANK = """
+import os, sys, time, torch
+import torch.distributed as dist
+from ssl_xcit import distributed, watch
+
+torch.set_num_threads(1)
+watch.PATIENCE_S = 5
+ranks = distributed.setup("cpu", timeout_s=300)
+stalled = int(sys.argv[1])
+with watch.Watch(ranks, float(sys.argv[2])) as seen:
+    for step in range(int(sys.argv[3])):
+        seen.at(step, f"step {step}")
+        dist.all_reduce(torch.zeros(1))
+        if step == 3 and ranks.rank == stalled:
+            print("stalls", flush=True)
+            time.sleep(600)
+        time.sleep(0.05)
+    seen.at(step + 1, "the end")
+print(f"rank {ranks.rank} is done", flush=True)
+distributed.teardown()
+"""
+
+
+def start_ranks(world, stalled=-1, timeout=2.0, steps=10):
+    """One process per rank without torchrun, whose agent would end the others by itself."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    processes = []
+    for rank in range(world):
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = os.environ | {key: str(value) for key, value in (ranks | place).items()}
+        command = [sys.executable, "-c", RANK, str(stalled), str(timeout), str(steps)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen(command, env=environment, **pipes))
+    return processes
+
+
+def end(processes):
+    for process in processes:
+        process.kill()
+    return [process.communicate(timeout=60) for process in processes]
+
+
+def test_ranks_that_come_on_are_left_alone():
+    processes = start_ranks(2, timeout=5.0)
+    results = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], results
+    for rank, (out, _) in enumerate(results):
+        assert out.endswith(f"rank {rank} is done\n")
+
+
+@pytest.mark.parametrize("stalled", [0, 1, 2])
+def test_a_rank_that_stalls_is_named_and_the_others_end(stalled):
+    processes = start_ranks(3, stalled)
+    others = [process for rank, process in enumerate(processes) if rank != stalled]
+    try:
+        for process in others:
+            assert process.wait(timeout=90) == 1
+        assert processes[stalled].poll() is None
+    finally:
+        results = end(processes)
+    said = [line for _, error in results for line in error.splitlines() if "has waited" in line]
+    # The first one that ends breaks the connection of those that would say it a moment later
+    assert said
+    for line in said:
+        expected = rf"error: rank \d has waited for rank {stalled} \(at step \d\) for 2 s; it ends"
+        assert re.fullmatch(expected, line)
+    assert "has waited" not in results[stalled][1]
+
+
+def test_a_rank_whose_process_is_stopped_is_named_even_if_it_keeps_the_reports():
+    for stopped in (0, 1):
+        processes = start_ranks(2, stopped)
+        while (line := processes[stopped].stdout.readline()) != "stalls\n":
+            assert line
+        processes[stopped].send_signal(signal.SIGSTOP)
+        try:
+            assert processes[1 - stopped].wait(timeout=90) == 1
+        finally:
+            results = end(processes)
+        assert f"has waited for rank {stopped}" in results[1 - stopped][1]
+
+
+def test_alone_or_without_a_timeout_there_is_no_thread():
+    cpu = torch.device("cpu")
+    for ranks, timeout in ((Distributed(0, 1, 0, cpu), 1.0), (Distributed(0, 2, 0, cpu), 0.0)):
+        with Watch(ranks, timeout) as watch:
+            watch.at(1, "step 1")
+            assert watch._threads == []
+            time.sleep(0.01)
