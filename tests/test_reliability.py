@@ -162,10 +162,15 @@ def test_killed_anywhere_and_inside_of_saves_a_run_ends_as_if_undisturbed(
 
 def test_a_signal_at_any_instant_loses_no_finished_step(photos, undisturbed, tmp_path):
     out, draw = tmp_path / "run", random.Random(1)
+    # saving is left to the signal; each may take four steps
+    settings = {"save_every": 1000, "saveckp_freq": 0}
+    if SOAK:
+        settings["epochs"] = 30
+        undisturbed = tmp_path / "undisturbed"
+        train_to_the_end(photos, undisturbed, **settings)
     answered = []
     for trial in range(SIGNALS):
-        # saving is left to the signal
-        process = start(command(photos, out, save_every=1000, saveckp_freq=0))
+        process = start(command(photos, out, **settings))
         seen = wait_for_steps(process, draw.randrange(1, 3))
         time.sleep(draw.uniform(0, 0.05))
         number = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)[trial % 3]
@@ -186,7 +191,6 @@ def test_a_signal_at_any_instant_loses_no_finished_step(photos, undisturbed, tmp
         assert rows[-1]["step"] + 1 <= steps <= rows[-1]["step"] + 2
         answered.append(steps)
     assert answered == sorted(set(answered))
-    settings = {"save_every": 1000, "saveckp_freq": 0}
     train_to_the_end(photos, out, **settings)
     assert digests(out) == digests(undisturbed)
     assert science(out) == science(undisturbed)
