@@ -108,13 +108,14 @@ def steps(config: object) -> None:
     import torch
 
     from ssl_xcit.dino import DINOLoss, update_teacher
+    from ssl_xcit.networks import dino_network
     from ssl_xcit.optim import (
         build_optimizer,
         clip_gradients,
         parameter_groups,
         set_hyperparameters,
     )
-    from ssl_xcit.training_memory import crop_groups, dino_network, forward_backward
+    from ssl_xcit.training_memory import crop_groups, forward_backward
 
     student = dino_network(config)
     teacher = copy.deepcopy(student).requires_grad_(False)

@@ -12,17 +12,17 @@ from ssl_xcit.augment import dino_views
 from ssl_xcit.beton import Beton
 from ssl_xcit.checkpoint import StateDict
 from ssl_xcit.config import TrainConfig
-from ssl_xcit.dino import DINOHead, DINOLoss, MultiCropWrapper, loss_statistics, update_teacher
+from ssl_xcit.dino import DINOLoss, loss_statistics, update_teacher
 from ssl_xcit.distributed import Distributed
 from ssl_xcit.engine import out_of_memory_advice, run_task
 from ssl_xcit.errors import UserError
 from ssl_xcit.init_from import init_from
 from ssl_xcit.loader import MultiCropLoader
 from ssl_xcit.metrics import RunningMeans
+from ssl_xcit.networks import dino_network
 from ssl_xcit.optim import build_optimizer, freeze_last_layer, parameter_groups
 from ssl_xcit.probe import Probe
 from ssl_xcit.task import Checked, StepLoss, Task, distribute, share_batch_statistics
-from ssl_xcit.xcit import build_xcit
 
 METERS = ("train/loss", "health/teacher_entropy", "health/kl", "train/grad_norm")
 DROP_PATH_STREAM = 1_000  # drop path draws from views numbered from here: not the crops' numbers
@@ -61,7 +61,7 @@ class Pretraining(Task):
         """Networks, loss, optimiser and loader of a run, from scratch."""
         self.config, self.ranks = config, ranks
         torch.manual_seed(config.seed)  # the same initial weights on every rank
-        student = share_batch_statistics(_student(config), ranks, config.run.sync_bn)
+        student = share_batch_statistics(dino_network(config), ranks, config.run.sync_bn)
         # The teacher starts as a copy. It stays in train mode for the whole run: its BatchNorm
         # layers normalise by the statistics of the global views and keep running statistics of
         # their own. Drop path is the student's alone.
@@ -199,29 +199,6 @@ def drop_path_keys(
         keys.append(torch.stack(streams).to(crop.device, non_blocking=True))
         view += len(crop)
     return keys
-
-
-def _student(config: TrainConfig) -> MultiCropWrapper:
-    """Backbone and head, freshly initialised from torch's generator."""
-    backbone = build_xcit(
-        config.arch,
-        num_classes=0,
-        in_chans=config.model.in_chans,
-        drop_path_rate=config.model.drop_path_rate,
-    )
-    head = config.head
-    return MultiCropWrapper(
-        backbone,
-        DINOHead(
-            backbone.embed_dim,
-            head.out_dim,
-            use_bn=head.use_bn_in_head,
-            norm_last_layer=head.norm_last_layer,
-            nlayers=head.head_layers,
-            hidden_dim=head.head_hidden_dim,
-            bottleneck_dim=head.head_bottleneck_dim,
-        ),
-    )
 
 
 def _loader(config: TrainConfig, ranks: Distributed) -> MultiCropLoader:

@@ -18,11 +18,11 @@ from ssl_xcit.flops import (
     first_convolution,
     position_projection,
 )
+from ssl_xcit.networks import dino_network
 from ssl_xcit.plan import PlanConfig
 from ssl_xcit.training_memory import (
     TrainingMemory,
     crop_groups,
-    dino_network,
     training_memory,
 )
 from ssl_xcit.xcit import XCiT

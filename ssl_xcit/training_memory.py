@@ -22,9 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ssl_xcit.config import TrainConfig
-from ssl_xcit.dino import DINOHead, DINOLoss, MultiCropWrapper, loss_statistics
+from ssl_xcit.dino import DINOLoss, MultiCropWrapper, loss_statistics
+from ssl_xcit.networks import dino_network
 from ssl_xcit.optim import build_optimizer, clip_gradients, parameter_groups
-from ssl_xcit.xcit import FourierPositions, build_xcit
+from ssl_xcit.xcit import FourierPositions
 
 
 class TrainingMemory(NamedTuple):
@@ -114,26 +115,6 @@ def forward_backward(
     with torch.no_grad():
         loss_statistics(loss.detach(), teacher_logits, dino_loss.center, temperature)
     loss.backward()
-
-
-def dino_network(config: TrainConfig) -> MultiCropWrapper:
-    """Backbone and head as `config` says, in training mode."""
-    backbone = build_xcit(
-        config.arch,
-        num_classes=0,
-        in_chans=config.model.in_chans,
-        drop_path_rate=config.model.drop_path_rate,
-    )
-    head = DINOHead(
-        backbone.embed_dim,
-        config.head.out_dim,
-        use_bn=config.head.use_bn_in_head,
-        norm_last_layer=config.head.norm_last_layer,
-        nlayers=config.head.head_layers,
-        hidden_dim=config.head.head_hidden_dim,
-        bottleneck_dim=config.head.head_bottleneck_dim,
-    )
-    return MultiCropWrapper(backbone, head).train()
 
 
 def crop_groups(config: TrainConfig) -> list[tuple[int, int]]:

@@ -22,6 +22,7 @@ ROWS = [
     ["formats"],
     ["weights"],
     ["checkpoint", "dino", "beton"],
+    ["networks"],
     ["convert"],
     ["loader", "features", "flops", "training_memory"],
     ["knn", "training_cost", "run_folder", "preview", "evaluation_data", "subject"],

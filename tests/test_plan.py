@@ -17,12 +17,12 @@ from ssl_xcit import train, training_cost
 from ssl_xcit.config import Crops, Head, Optim, Run, TrainConfig, load_config, save_config
 from ssl_xcit.dino import DINOLoss
 from ssl_xcit.errors import UserError
+from ssl_xcit.networks import dino_network
 from ssl_xcit.plan import IMAGENET, PlanConfig
 from ssl_xcit.training_cost import describe_plan, plan_training, step_flops
 from ssl_xcit.training_memory import (
     LiveBytes,
     crop_groups,
-    dino_network,
     forward_backward,
     training_memory,
 )
@@ -99,7 +99,7 @@ def test_accumulation_multiplies_the_step():
 
 
 def test_the_planned_networks_are_those_that_training_builds():
-    planned, trained = dino_network(SMALL).state_dict(), train._student(SMALL).state_dict()
+    planned, trained = dino_network(SMALL).state_dict(), train.dino_network(SMALL).state_dict()
     assert {k: v.shape for k, v in planned.items()} == {k: v.shape for k, v in trained.items()}
 
 
