@@ -28,8 +28,8 @@ PACKAGES = {  # a program of each Debian package that is needed
 PLUGINS = "slurm-wlm-basic-plugins"
 PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 WANTED = os.environ.get("SLURM_TESTS", "")
-""""required": install what is missing and fail where there can be no SLURM. "no-install": do not
-call apt-get, and skip where SLURM is missing. By default the tests are skipped."""
+"""By default the tests run where there can be a SLURM (as root on Debian: it is installed) and are
+skipped elsewhere. "required": they fail there. "no-install": apt-get is never called."""
 
 CPUS = 8  # that each node pretends to have
 REQUEUE_DELAY_S = 5  # the least that SLURM takes; by default a job waits for 120 s
