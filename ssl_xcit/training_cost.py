@@ -2,7 +2,9 @@
 
 Here a FLOP is the hardware's: a multiply-add is two. The backward pass repeats each product of the
 forward pass twice, for the gradient of either factor, except that nothing needs the gradient of the
-images or of the fixed Fourier features.
+images or of the fixed Fourier features. With activation checkpointing it repeats the backbone's
+forward pass, too, the XCA blocks up to their last product (in float32 on a CPU the last one, too).
+Drop path is not counted: at its rate, samples are left out of XCA and MLP.
 """
 
 from typing import NamedTuple
@@ -95,6 +97,8 @@ def step_flops(config: TrainConfig) -> StepFlops:
     passes = [_forward(backbone, n * views, side, head) for views, side in crop_groups(config)]
     forward = sum(multiply_adds for multiply_adds, _ in passes)
     backward = sum(2 * multiply_adds - skipped for multiply_adds, skipped in passes)
+    if config.run.activation_checkpointing:
+        backward += sum(n * v * _repeated(backbone, side) for v, side in crop_groups(config))
     teacher = passes[0][0]
     return StepFlops(*(2 * accumulation * part for part in (teacher, forward, backward)))
 
@@ -111,6 +115,14 @@ def _forward(backbone: XCiT, views: int, side: int, head: int) -> tuple[int, int
     per_view = count_operations(backbone, side, side, conventional=False).multiply_adds - positions
     spared = views * first_convolution(backbone, side, side) + positions
     return views * (per_view + head) + positions, spared
+
+
+def _repeated(backbone: XCiT, side: int) -> int:
+    """Multiply-adds for one view of what activation checkpointing computes a second time."""
+    per_view = count_operations(backbone, side, side, conventional=False).multiply_adds
+    patches = (-(-side // backbone.patch_size)) ** 2
+    last = len(backbone.blocks) * patches * backbone.blocks[0].mlp.fc2.weight.numel()
+    return per_view - position_projection(backbone, side, side) - last
 
 
 def print_plan(config: PlanConfig) -> None:

@@ -6,21 +6,31 @@
 Parameter names are those of facebookresearch/xcit, so its files and DINO's backbones load with
 `strict=True`. Tokens are (b, n, d) in memory throughout, n = rows x columns; seen as an image that
 is torch's channels_last layout, so the convolutions among them copy nothing.
+
+In training LayerScale's gains scale the weights of a branch's last layer, not its tokens, and a
+sample that drops a branch (stochastic depth) is left out of the branch's work. Both change no
+number but by rounding.
 """
 
+import contextlib
 import difflib
 import functools
 import itertools
 import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from ssl_xcit.draws import uniform
 from ssl_xcit.errors import UserError
+from ssl_xcit.products import Linear, linear
 
 
 class Variant(NamedTuple):
@@ -144,29 +154,125 @@ class MLP(nn.Module):
 
     def __init__(self, embed_dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(embed_dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, embed_dim)
+        self.fc1 = Linear(embed_dim, hidden_dim)
+        self.fc2 = Linear(hidden_dim, embed_dim)
 
-    def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
-        return self.fc2(F.gelu(self.fc1(x)))
+    def forward(
+        self, x: Float[Tensor, "... d"], gain: Float[Tensor, " d"] | None = None
+    ) -> Float[Tensor, "... d"]:
+        return scaled_linear(self.fc2, F.gelu(self.fc1(x)), gain)
+
+
+def scaled_linear(
+    layer: nn.Linear, x: Float[Tensor, "... c"], gain: Float[Tensor, " d"] | None
+) -> Float[Tensor, "... d"]:
+    """gain * layer(x) = (gain W) x + gain b: LayerScale without a pass over the tokens.
+
+    Nor has the backward pass any, or a copy of the unscaled tokens to keep for the gain's gradient.
+    """
+    if gain is None:
+        return layer(x)
+    return linear(x, gain[:, None] * layer.weight, gain * layer.bias)
+
+
+def inverse_lengths(x: Float[Tensor, "*s n e"]) -> Float[Tensor, "*s e"]:
+    """1 / length of each channel over the n tokens, at most 1e12; in float32 or more."""
+    precise = torch.promote_types(x.dtype, torch.float32)
+    if x.is_cuda or torch.compiler.is_compiling():
+        lengths = torch.linalg.vector_norm(x, dim=-2, dtype=precise)
+    else:  # on a CPU vector_norm is ten times slower than this where the tokens are not last
+        squares = x.square() if x.dtype == precise else x.to(precise).square_()
+        lengths = squares.sum(dim=-2).sqrt()
+    return lengths.clamp_min(1e-12).reciprocal()
 
 
 def cross_covariance(
-    q: Float[Tensor, "b heads e n"],
-    k: Float[Tensor, "b heads e n"],
+    product: Float[Tensor, "b heads e e"],
+    inverse: Float[Tensor, "2 b heads e"],
     temperature: Float[Tensor, "heads 1 1"],
 ) -> Float[Tensor, "b heads e e"]:
-    """softmax(q_hat k_hat^T * temperature), each channel of q and k of length 1 over the tokens.
+    """softmax(q_hat^T k_hat * temperature), from q^T k and the inverse lengths of q and k.
 
     Equation 3 of the paper (its tau is 1 / temperature), with the division after the product, which
     spares the normalised copies of q and k. Lengths, division and softmax are float32 even when q
     and k are bfloat16 (autocast), and float64 when they are float64.
     """
-    precise = torch.promote_types(q.dtype, torch.float32)
-    q_length = torch.linalg.vector_norm(q, dim=3, dtype=precise).clamp_min(1e-12)[..., :, None]
-    k_length = torch.linalg.vector_norm(k, dim=3, dtype=precise).clamp_min(1e-12)[..., None, :]
-    logits = (q @ k.mT) * (temperature / q_length) / k_length  # (b, heads, e, e)
+    logits = product * (temperature * inverse[0, ..., None]) * inverse[1, ..., None, :]
     return logits.softmax(dim=-1)
+
+
+def attend(
+    packed: Float[Tensor, "3 b heads n e"], temperature: Float[Tensor, "heads 1 1"]
+) -> tuple[
+    Float[Tensor, "b heads n e"],
+    Float[Tensor, "2 b heads e"],
+    Float[Tensor, "b heads e e"],
+    Float[Tensor, "b heads e e"],
+]:
+    """v, its channels mixed by cross-covariance attention, and what the gradient needs beside it.
+
+    That is the inverse lengths of q and k, q^T k and the attention.
+    """
+    q, k, v = packed.unbind(0)
+    inverse = inverse_lengths(packed[:2])
+    product = q.mT @ k  # (b, heads, e, e)
+    attention = cross_covariance(product, inverse, temperature)
+    return v @ attention.to(v.dtype).mT, inverse, product, attention
+
+
+class _Attend(torch.autograd.Function):
+    """`attend` from the layout of the projection to that of the tokens, with its own gradient.
+
+    autograd's would keep five matrices (e, e) for each head, in small crops more than all tokens
+    are, and pass over them and over q and k several times more. With G = q^T k, the logits
+    L_ij = T G_ij / (|q_i| |k_j|), their gradient dL, and dG_ij = T dL_ij / (|q_i| |k_j|):
+
+        dT   = sum_ij dG_ij G_ij / T
+        dq_i = sum_j dG_ij k_j - q_i / |q_i|^2 sum_j dG_ij G_ij,   dk_j likewise
+    """
+
+    @staticmethod
+    def forward(
+        ctx, qkv: Float[Tensor, "b n 3 heads e"], temperature: Float[Tensor, "heads 1 1"]
+    ) -> Float[Tensor, "b n d"]:
+        packed = _pack(qkv)
+        out, *others = attend(packed, temperature)
+        ctx.save_for_backward(packed, temperature, *others)
+        return _join_heads(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx, grad: Float[Tensor, "b n d"]
+    ) -> tuple[Float[Tensor, "b n 3 heads e"], Float[Tensor, "heads 1 1"]]:
+        packed, temperature, inverse, product, attention = ctx.saved_tensors
+        q, k, v = packed.unbind(0)
+        _, b, heads, n, e = packed.shape
+        grad = grad.unflatten(2, (heads, e)).transpose(1, 2).contiguous()  # (b, heads, n, e)
+        d_qkv = grad.new_empty(b, n, 3, heads, e)
+        d_q, d_k, d_v = d_qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        d_v.copy_(grad @ attention.to(grad.dtype))
+        d_attention = (grad.mT @ v).to(attention.dtype)
+        d_logits = torch._softmax_backward_data(d_attention, attention, -1, attention.dtype)
+        row, column = temperature * inverse[0, ..., None], inverse[1, ..., None, :]
+        d_product = d_logits.mul_(row).mul_(column)
+        shares = d_product * product
+        of_q, of_k = shares.sum(dim=3), shares.sum(dim=2)  # (b, heads, e)
+        d_product = d_product.to(q.dtype)
+        shrink_q, shrink_k = (torch.stack((of_q, of_k)) * -inverse.square()).to(q.dtype)
+        torch.addcmul(k @ d_product.mT, q, shrink_q[:, :, None], out=d_q)
+        torch.addcmul(q @ d_product, k, shrink_k[:, :, None], out=d_k)
+        return d_qkv, of_q.sum(dim=(0, 2))[:, None, None] / temperature
+
+
+def _pack(qkv: Float[Tensor, "b n 3 heads e"]) -> Float[Tensor, "3 b heads n e"]:
+    # One copy here, or each product of heads would make its own. With the channels last it copies
+    # runs of e numbers; the copy that puts the tokens last takes five times as long on a CPU.
+    return qkv.permute(2, 0, 3, 1, 4).contiguous()
+
+
+def _join_heads(x: Float[Tensor, "b heads n e"]) -> Float[Tensor, "b n d"]:
+    return x.transpose(1, 2).flatten(2)
 
 
 class XCA(nn.Module):
@@ -176,16 +282,19 @@ class XCA(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1))
-        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
-        self.proj = nn.Linear(embed_dim, embed_dim)
+        self.qkv = Linear(embed_dim, 3 * embed_dim)
+        self.proj = Linear(embed_dim, embed_dim)
 
-    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+    def forward(
+        self, x: Float[Tensor, "b n d"], gain: Float[Tensor, " d"] | None = None
+    ) -> Float[Tensor, "b n d"]:
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (b, n, 3, heads, d/heads)
-        # One copy to (3, b, heads, d/heads, n) here, or each product below would make its own; and
-        # tokens last is the layout in which torch's vector_norm is quick on a CPU too.
-        q, k, v = qkv.permute(2, 0, 3, 4, 1).contiguous().unbind(0)
-        attention = cross_covariance(q, k, self.temperature).to(v.dtype)
-        return self.proj((attention @ v).permute(0, 3, 1, 2).flatten(2))
+        # A compiler derives, orders and fuses the gradient itself.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            mixed = _Attend.apply(qkv, self.temperature)
+        else:
+            mixed = _join_heads(attend(_pack(qkv), self.temperature)[0])
+        return scaled_linear(self.proj, mixed, gain)
 
 
 class LPI(nn.Module):
@@ -197,20 +306,57 @@ class LPI(nn.Module):
         self.bn = nn.BatchNorm2d(embed_dim)
         self.conv2 = nn.Conv2d(embed_dim, embed_dim, 3, padding=1, groups=embed_dim)
 
-    def forward(self, x: Float[Tensor, "b n d"], grid: tuple[int, int]) -> Float[Tensor, "b n d"]:
+    def forward(
+        self,
+        x: Float[Tensor, "b n d"],
+        grid: tuple[int, int],
+        gain: Float[Tensor, " d"] | None = None,
+    ) -> Float[Tensor, "b n d"]:
         image = x.transpose(1, 2).unflatten(2, grid)  # (b, d, rows, columns): a view
-        image = _depthwise(self.conv2, self.bn(F.gelu(_depthwise(self.conv1, image))))
-        return image.flatten(2).transpose(1, 2)
+        image = self.bn(F.gelu(_depthwise(self.conv1, image)))
+        return _depthwise(self.conv2, image, gain).flatten(2).transpose(1, 2)
 
 
 def _depthwise(
-    conv: nn.Conv2d, x: Float[Tensor, "b d rows columns"]
+    conv: nn.Conv2d,
+    x: Float[Tensor, "b d rows columns"],
+    gain: Float[Tensor, " d"] | None = None,
 ) -> Float[Tensor, "b d rows columns"]:
+    """gain * conv(x), see `scaled_linear`."""
     # The weight's way through two dimensions gives its gradient the weight's own strides. Straight
     # from a channels_last convolution they would be (9, 1, 3, 1), which DistributedDataParallel
     # warns of and copies, and which the optimisers' multi-tensor kernels do not take.
-    weight = conv.weight.flatten(1).unflatten(1, (1, 3, 3))
-    return F.conv2d(x, weight, conv.bias, padding=1, groups=weight.shape[0])
+    weight, bias = conv.weight.flatten(1), conv.bias
+    if gain is not None:
+        weight, bias = gain[:, None] * weight, gain * bias
+    weight = weight.unflatten(1, (1, 3, 3))
+    return F.conv2d(x, weight, bias, padding=1, groups=weight.shape[0])
+
+
+class Kept(NamedTuple):
+    """Which samples keep a residual branch, and by what it is scaled for them."""
+
+    factors: Float[Tensor, " b"]  # 0, or for the samples that keep it `scale`
+    scale: float  # 1 / (1 - rate)
+    rows: Int64[Tensor, " kept"] | None  # their places; None where the host does not know them
+
+
+def add_branch(
+    x: Float[Tensor, "b n d"], branch: Callable[[Tensor], Tensor], kept: Kept | None
+) -> Float[Tensor, "b n d"]:
+    """x + factors * branch(x); where `rows` are known the branch sees these samples only.
+
+    The branch must treat each sample by itself. When all samples drop it, it sees an empty batch:
+    its parameters have a gradient, 0, as DistributedDataParallel and the optimiser expect.
+    """
+    if kept is None:
+        return x + branch(x)
+    if kept.rows is None:
+        return torch.addcmul(x, branch(x), kept.factors[:, None, None])
+    if len(kept.rows) == len(x):
+        return torch.add(x, branch(x), alpha=kept.scale)
+    some = branch(x.index_select(0, kept.rows)).to(x.dtype)
+    return x.index_add(0, kept.rows, some, alpha=kept.scale)
 
 
 class XCABlock(nn.Module):
@@ -233,16 +379,13 @@ class XCABlock(nn.Module):
         self,
         x: Float[Tensor, "b n d"],
         grid: tuple[int, int],
-        keep: Float[Tensor, "3 b"] | None = None,
+        kept: tuple[Kept, Kept, Kept] | None = None,
     ) -> Float[Tensor, "b n d"]:
-        """`grid`: rows and columns of the tokens; `keep`: drop path's factors (XCA, LPI, MLP)."""
-        gain1, gain3, gain2 = self.gamma1, self.gamma3, self.gamma2
-        if keep is not None:  # dropping a branch is a gain of 0: no pass over the tokens for it
-            by_sample = keep[:, :, None, None]  # (3, b, 1, 1)
-            gain1, gain3, gain2 = gain1 * by_sample[0], gain3 * by_sample[1], gain2 * by_sample[2]
-        x = x + gain1 * self.attn(self.norm1(x))
-        x = x + gain3 * self.local_mp(self.norm3(x), grid)
-        return x + gain2 * self.mlp(self.norm2(x))
+        """`grid`: rows and columns of the tokens; `kept`: drop path (XCA, LPI, MLP)."""
+        of_xca, of_lpi, of_mlp = kept or (None, None, None)
+        x = add_branch(x, lambda kept_x: self.attn(self.norm1(kept_x), self.gamma1), of_xca)
+        x = add_branch(x, lambda all_x: self.local_mp(self.norm3(all_x), grid, self.gamma3), of_lpi)
+        return add_branch(x, lambda kept_x: self.mlp(self.norm2(kept_x), self.gamma2), of_mlp)
 
 
 class ClassAttention(nn.Module):
@@ -330,7 +473,15 @@ class XCiT(nn.Module):
         drop_path_rate: chance that a sample skips a residual branch in training, the same for every
             block; none in the class-attention blocks.
         mlp_ratio: hidden size of the MLPs, in embed_dim.
+
+    Attributes:
+        activation_checkpointing: keep a block's input only, and compute the block again in the
+            backward pass: less memory, more time, the same numbers.
+        compiled: in training, compile patch embedding and blocks by torch.compile. The blocks are
+            alike, so it compiles one of each kind and not as many as there are.
     """
+
+    activation_checkpointing = compiled = False
 
     def __init__(
         self,
@@ -373,14 +524,14 @@ class XCiT(nn.Module):
         `keys` (see `draws.stream`) fix each sample's drop path; without, torch's generator draws.
         """
         cls, patches = self._before_last_block(x, keys)
-        cls, _ = self.cls_attn_blocks[1](cls, patches, cls_only=True)
+        cls, _ = self._run(self.cls_attn_blocks[1], cls, patches, True)
         return self.head(self.norm(cls))
 
     def forward_features(
         self, x: Float[Tensor, "b c height width"], keys: Int64[Tensor, "b"] | None = None
     ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b n d"]]:
         """The cls token and the patch tokens (row by row), both after the last LayerNorm."""
-        cls, patches = self.cls_attn_blocks[1](*self._before_last_block(x, keys))
+        cls, patches = self._run(self.cls_attn_blocks[1], *self._before_last_block(x, keys))
         return self.norm(cls), self.norm(patches)
 
     def class_attention(self, x: Float[Tensor, "b c height width"]) -> Float[Tensor, "b heads n"]:
@@ -407,26 +558,95 @@ class XCiT(nn.Module):
     def _before_last_block(
         self, x: Float[Tensor, "b c height width"], keys: Int64[Tensor, "b"] | None
     ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b n d"]]:
-        return self.cls_attn_blocks[0](*self._before_class_attention(x, keys))
+        return self._run(self.cls_attn_blocks[0], *self._before_class_attention(x, keys))
 
     def _before_class_attention(
         self, x: Float[Tensor, "b c height width"], keys: Int64[Tensor, "b"] | None
     ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b n d"]]:
-        image = self.patch_embed(x)
+        image = self._run(self.patch_embed, x)
         b, _, *grid = image.shape
         patches = image.flatten(2).transpose(1, 2) + self.pos_embeder(*grid, x.device)
-        keep = self._drop_path(b, keys)
-        for i, block in enumerate(self.blocks):
-            patches = block(patches, tuple(grid), None if keep is None else keep[i])
+        for block, kept in zip(self.blocks, self._kept(b, keys), strict=True):
+            patches = self._run(block, patches, tuple(grid), kept)
         return self.cls_token[0].expand(b, -1), patches
 
+    def _run(self, part: nn.Module, *arguments: object) -> Tensor | tuple[Tensor, Tensor]:
+        """part(*arguments), compiled and checkpointed if that is wanted."""
+        if self.compiled and self.training:
+            part_call = functools.partial(_compiled_forward(type(part)), part)
+        else:
+            part_call = part
+        if not (self.activation_checkpointing and torch.is_grad_enabled()):
+            return part_call(*arguments)
+        # A compiler repeats no change of a buffer, and drop path was drawn before.
+        again = {} if torch.compiler.is_compiling() else {"context_fn": lambda: _again(part)}
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        return checkpoint(part_call, *arguments, **options, **again)
+
+    def _kept(
+        self, b: int, keys: Int64[Tensor, " b"] | None
+    ) -> list[tuple[Kept, Kept, Kept]] | list[None]:
+        """For each block, which samples keep its branches (XCA, LPI, MLP)."""
+        factors = self._drop_path(b, keys)
+        if factors is None:
+            return [None] * len(self.blocks)
+        rows: list[list[Tensor | None]] = [[None] * 3] * len(self.blocks)
+        shapes_are_fixed = self.compiled or torch.compiler.is_compiling()
+        if factors.device.type == "cpu" and not shapes_are_fixed:
+            places = factors.nonzero()[:, 2].to(self.cls_token.device, non_blocking=True)
+            each = places.split(factors.count_nonzero(dim=2).flatten().tolist())
+            # Never LPI: its BatchNorm sees all samples.
+            rows = [[each[i], None, each[i + 2]] for i in range(0, len(each), 3)]
+        factors = factors.to(self.cls_token.device, non_blocking=True)
+        scale = 1 / (1 - self.drop_path_rate)
+        return [
+            tuple(Kept(factors[i, j], scale, rows[i][j]) for j in range(3))
+            for i in range(len(self.blocks))
+        ]
+
     def _drop_path(self, b: int, keys: Int64[Tensor, "b"] | None) -> Float[Tensor, "l 3 b"] | None:
-        """0 or 1 / (1 - rate) for each block, branch (XCA, LPI, MLP) and sample, all at once."""
+        """0 or 1 / (1 - rate) for each block, branch (XCA, LPI, MLP) and sample, all at once.
+
+        On the device of the keys: from keys on the host the host knows which samples to leave out.
+        """
         if not self.training or self.drop_path_rate == 0:
             return None
         depth, rate, device = len(self.blocks), self.drop_path_rate, self.cls_token.device
         if keys is None:
             draws = torch.rand(depth, 3, b, device=device)
         else:
-            draws = uniform(keys, torch.arange(3 * depth, device=device).view(depth, 3, 1))
+            keys = keys.to(device) if torch.compiler.is_compiling() else keys
+            counters = torch.arange(3 * depth, device=keys.device).view(depth, 3, 1)
+            draws = uniform(keys, counters)
         return (draws >= rate).to(self.cls_token.dtype) / (1 - rate)
+
+
+@functools.cache
+def _compiled_forward(kind: type[nn.Module]) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
+    """The compiled `forward` of all parts of a class: one graph for each size of image."""
+    return torch.compile(kind.forward, dynamic=False)
+
+
+def _again(part: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Around the first computation of a checkpointed part, and around the one for its gradient."""
+    return contextlib.nullcontext(), _buffers_kept(part)
+
+
+@contextlib.contextmanager
+def _buffers_kept(part: nn.Module) -> Iterator[None]:
+    """The second computation moves copies of BatchNorm's running statistics, which are thrown away.
+
+    Not put back afterwards: autograd would take that for a change of what the first one has saved.
+    """
+    buffers = [
+        (module, name, buffer)
+        for module in part.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    try:
+        for module, name, buffer in buffers:
+            setattr(module, name, buffer.clone())
+        yield
+    finally:
+        for module, name, buffer in buffers:
+            setattr(module, name, buffer)

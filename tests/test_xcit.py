@@ -10,6 +10,8 @@ import importlib.util
 import itertools
 import json
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ssl_xcit import draws, xcit
+from ssl_xcit import draws, products, xcit
 from ssl_xcit.draws import stream, uniform
 from ssl_xcit.errors import UserError
 from ssl_xcit.xcit import (
@@ -28,9 +30,10 @@ from ssl_xcit.xcit import (
     LPI,
     XCA,
     ClassAttention,
+    XCABlock,
     XCiT,
+    attend,
     build_xcit,
-    cross_covariance,
     fourier_features,
 )
 
@@ -276,12 +279,79 @@ def test_xca_equals_a_loop_over_images_and_heads():
     assert gap(layer(x), layer.proj(expected)) < 1e-12
 
 
+@pytest.mark.parametrize("n", [1, 3, 7])
+def test_gradients_of_xca_are_those_of_finite_differences(n):
+    torch.manual_seed(n)
+    qkv = torch.randn(2, n, 3, 3, 4, dtype=torch.float64, requires_grad=True)
+    temperature = torch.rand(3, 1, 1, dtype=torch.float64) + 0.5
+    arguments = qkv, temperature.requires_grad_()
+    assert torch.autograd.gradcheck(xcit._Attend.apply, arguments, eps=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-13), ("float32", 1e-5)])
+def test_gradients_of_xca_are_those_that_autograd_derives(dtype, tolerance):
+    qkv = torch.randn(4, 17, 3, 3, 8, dtype=getattr(torch, dtype))
+    temperature = torch.rand(3, 1, 1, dtype=qkv.dtype) + 0.5
+    weights = torch.randn(4, 17, 24, dtype=qkv.dtype)
+
+    def derived(qkv, temperature):
+        q, k, v = qkv.permute(2, 0, 3, 4, 1).unbind(0)  # (4, 3, 8, 17)
+        logits = F.normalize(q, dim=3) @ F.normalize(k, dim=3).mT * temperature
+        return (logits.softmax(dim=3) @ v).permute(0, 3, 1, 2).flatten(2)
+
+    results = []
+    for function in (xcit._Attend.apply, derived):
+        inputs = [tensor.clone().requires_grad_() for tensor in (qkv, temperature)]
+        out = function(*inputs)
+        (out * weights).sum().backward()
+        results.append((out, *(tensor.grad for tensor in inputs)))
+    for ours, theirs in zip(*results, strict=True):
+        assert gap(ours, theirs) < tolerance * theirs.abs().max()
+
+
+def test_bfloat16_gradients_of_xca_err_as_bfloat16_rounds():
+    exact = torch.randn(4, 36, 3, 3, 8).bfloat16().double().requires_grad_()
+    rounded = exact.detach().bfloat16().requires_grad_()
+    temperature = torch.rand(3, 1, 1) + 0.5
+    weights = torch.randn(4, 36, 24).bfloat16()
+    xcit._Attend.apply(rounded, temperature).backward(weights)
+    xcit._Attend.apply(exact, temperature.double()).backward(weights.double())
+    assert rounded.grad.dtype == torch.bfloat16
+    assert gap(rounded.grad, exact.grad) < 2**-6 * exact.grad.abs().max()
+
+
 def test_xca_survives_channels_that_are_zero_for_every_token():
-    q = torch.zeros(1, 1, 2, 5, requires_grad=True)
-    attention = cross_covariance(q, torch.randn(1, 1, 2, 5), torch.ones(1, 1, 1))
+    packed = torch.randn(3, 1, 1, 5, 2)
+    packed[0] = 0
+    attention = attend(packed, torch.ones(1, 1, 1))[3]
     assert torch.equal(attention, torch.full((1, 1, 2, 2), 0.5))
-    attention[0, 0, 0, 0].backward()
-    assert q.grad.isfinite().all()
+    qkv = packed.permute(1, 3, 0, 2, 4).contiguous().requires_grad_()
+    xcit._Attend.apply(qkv, torch.ones(1, 1, 1))[0, 0, 0].backward()
+    assert qkv.grad.isfinite().all()
+
+
+def test_a_block_adds_each_branch_times_its_gains():
+    block = XCABlock(24, 3, 4, 1.0).double().train()
+    for name, parameter in block.named_parameters():
+        nn.init.normal_(parameter, 1.0 if name.startswith("gamma") else 0.0, 0.3)
+    x = torch.randn(3, 12, 24, dtype=torch.float64)
+    weights = torch.randn_like(x)
+
+    def written_out(x):
+        x = x + block.gamma1 * block.attn(block.norm1(x))
+        x = x + block.gamma3 * block.local_mp(block.norm3(x), (3, 4))
+        return x + block.gamma2 * block.mlp(block.norm2(x))
+
+    results = []
+    for function in (lambda x: block(x, (3, 4)), written_out):
+        block.zero_grad()
+        inputs = x.clone().requires_grad_()
+        out = function(inputs)
+        (out * weights).sum().backward()
+        results.append([out, inputs.grad, *(p.grad for p in block.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        # the bias before a BatchNorm is inert: its gradient is rounding and nothing else
+        assert gap(ours, theirs) < 1e-12 * max(1, theirs.abs().max().item())
 
 
 def test_lpi_equals_a_loop_over_the_neighbours_on_a_grid_that_is_not_square():
@@ -466,6 +536,8 @@ def without_shape_checks(module, monkeypatch):
 def test_compiling_breaks_no_graph_and_changes_nothing_at_two_sizes(monkeypatch):
     plain = without_shape_checks(xcit, monkeypatch)
     plain.uniform = without_shape_checks(draws, monkeypatch).uniform
+    plain.Linear = without_shape_checks(products, monkeypatch).Linear
+    plain.linear = sys.modules[plain.Linear.__module__].linear
     model = micro(depth=1, drop_path_rate=0.3).train()
     monkeypatch.setattr(sys.modules[__name__], "XCiT", plain.XCiT)
     twin = micro(randomised=False, depth=1, drop_path_rate=0.3).train()
@@ -477,6 +549,41 @@ def test_compiling_breaks_no_graph_and_changes_nothing_at_two_sizes(monkeypatch)
         assert gap(compiled(x, keys), model(x, keys)) < 1e-6
     for method in ("forward_features", "class_attention"):
         torch.compile(getattr(twin, method), backend="eager", fullgraph=True)(x)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo looks at it, and silences it
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_parts_give_the_same_numbers_from_as_many_graphs_as_there_are_kinds(
+    monkeypatch, checkpointing
+):
+    plain = without_shape_checks(xcit, monkeypatch)
+    plain.uniform = without_shape_checks(draws, monkeypatch).uniform
+    plain.Linear = without_shape_checks(products, monkeypatch).Linear
+    plain.linear = sys.modules[plain.Linear.__module__].linear
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = {
+        kind: torch.compile(kind.forward, dynamic=False, fullgraph=True, backend=counter)
+        for kind in (plain.ConvPatchEmbed, plain.XCABlock, plain.ClassAttentionBlock)
+    }
+    monkeypatch.setattr(plain, "_compiled_forward", compiled.__getitem__)
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    eager = plain.XCiT(8, tokens_norm=True, drop_path_rate=0.3, **MICRO).double().train()
+    twin = copy.deepcopy(eager)
+    twin.compiled, twin.activation_checkpointing = True, checkpointing
+    keys = stream(0, 0, torch.arange(3), 0)
+    for size in (32, 24):
+        x = torch.randn(3, 3, size, size).double()
+        for model in (eager, twin):
+            model(x, keys).sin().sum().backward()
+    for ours, theirs in zip(twin.parameters(), eager.parameters(), strict=True):
+        assert gap(ours.grad, theirs.grad) < 1e-10
+    for ours, theirs in zip(twin.buffers(), eager.buffers(), strict=True):
+        assert gap(ours, theirs) < 1e-12
+    assert counter.frame_count == 4 * 2  # the last class attention is for the cls token only
+    with torch.no_grad():
+        twin.eval()(torch.randn(1, 3, 40, 40).double())
+    assert counter.frame_count == 4 * 2  # evaluation is not compiled
 
 
 # Precision.
@@ -501,9 +608,9 @@ def test_under_autocast_every_softmax_and_every_length_is_float32():
     with torch.autocast("cpu", torch.bfloat16), Inputs("_softmax") as softmax:
         model(x)
     assert softmax.dtypes == [(torch.float32, torch.float32)] * (2 + 2)
-    with torch.autocast("cpu", torch.bfloat16), Inputs("vector_norm") as norm:
+    with torch.autocast("cpu", torch.bfloat16), Inputs("aten.sqrt") as lengths:
         model(x)
-    assert norm.dtypes == [(torch.bfloat16, torch.float32)] * (2 * 2)
+    assert lengths.dtypes == [(torch.float32, torch.float32)] * 2
 
 
 def test_bfloat16_queries_whose_products_are_exact_give_the_exact_attention():
@@ -511,7 +618,8 @@ def test_bfloat16_queries_whose_products_are_exact_give_the_exact_attention():
     # the division and the softmax do. In bfloat16 they would err by some 1e-2 here.
     q, k = torch.randint(-2, 3, (2, 2, 3, 6, 11)).bfloat16()
     temperature = torch.full((3, 1, 1), 7.0)
-    attention = cross_covariance(q, k, temperature)
+    packed = torch.stack((q, k, k)).mT  # (3, 2, 3, 11, 6)
+    attention = attend(packed, temperature)[3]
     assert attention.dtype == torch.float32
     cosine = F.normalize(q.double(), dim=3) @ F.normalize(k.double(), dim=3).mT
     assert gap(attention, (7 * cosine).softmax(dim=3)) < 2e-6
@@ -601,3 +709,232 @@ def test_evaluation_drops_nothing():
     plain.load_state_dict(model.state_dict())
     assert torch.equal(model(x), plain(x))
     assert torch.equal(model(x, torch.arange(4)), plain(x))
+
+
+def dropped(factors: torch.Tensor, rate: float) -> tuple[xcit.Kept, ...]:
+    """As the model hands them to a block that may leave out samples."""
+    rows = [of_branch.nonzero()[:, 0] for of_branch in factors]
+    scale = 1 / (1 - rate)
+    return tuple(
+        xcit.Kept(factors[i], scale, None if i == 1 else rows[i]) for i in range(len(rows))
+    )
+
+
+def masked(block: XCABlock, x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """All samples through all branches; those that drop one are multiplied by 0."""
+    of_xca, of_lpi, of_mlp = factors[:, :, None, None]
+    x = x + of_xca * block.gamma1 * block.attn(block.norm1(x))
+    x = x + of_lpi * block.gamma3 * block.local_mp(block.norm3(x), (3, 4))
+    return x + of_mlp * block.gamma2 * block.mlp(block.norm2(x))
+
+
+def block_results(function, block: XCABlock, x: torch.Tensor, autocast: bool = False) -> list:
+    """Output, gradient of the input and gradients of the parameters."""
+    block.zero_grad()
+    inputs = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, autocast):
+        out = function(block, inputs)
+    (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+    return [out, inputs.grad, *(p.grad for p in block.parameters())]
+
+
+@pytest.mark.parametrize("case", ["some", "all kept", "none kept", "xca dropped", "one kept"])
+def test_leaving_samples_out_of_a_branch_is_multiplying_them_by_zero(case):
+    keep = torch.tensor([[1, 1, 0, 1, 0], [0, 1, 1, 1, 1], [1, 0, 1, 1, 1.0]]).double()
+    if case == "xca dropped":
+        keep[0] = 0
+    elif case == "one kept":
+        keep[:] = torch.eye(5)[:3]
+    elif case != "some":
+        keep.fill_(case == "all kept")
+    factors = keep / 0.6
+    block = XCABlock(24, 3, 4, 1.0).double().train()
+    for name, parameter in block.named_parameters():
+        nn.init.normal_(parameter, 1.0 if name.startswith("gamma") else 0.0, 0.3)
+    x = torch.randn(5, 12, 24).double()
+
+    def left_out(block, x):
+        kept = dropped(factors.to(x.dtype), 0.4)
+        return block(x, (3, 4), kept)
+
+    expected = block_results(lambda block, x: masked(block, x, factors), block, x)
+    found = block_results(left_out, block, x)
+    assert all(gradient is not None for gradient in found)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert gap(ours, theirs) < 1e-12 * max(1, theirs.abs().max().item())
+    if case == "none kept":
+        assert torch.equal(found[0], x)
+        assert not any(gradient.any() for gradient in found[2:])
+    rounded = block_results(left_out, block.float(), x.float(), autocast=True)
+    assert rounded[0].dtype == rounded[1].dtype == torch.float32
+    ours, theirs = (torch.cat([t.double().flatten() for t in r[1:]]) for r in (rounded, expected))
+    assert gap(rounded[0], expected[0]) < 0.02 * expected[0].abs().max()
+    assert (ours - theirs).norm() < 0.02 * theirs.norm()
+
+
+def test_a_sample_that_drops_a_branch_is_the_residual_to_the_bit_and_costs_nothing():
+    block, x = XCABlock(24, 3, 4, 1.0).train(), torch.randn(5, 12, 24)
+    keep = torch.tensor([[1, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 1, 1, 0.0]])
+    seen = {}
+    for name in ("norm1", "norm2", "norm3", "attn", "local_mp", "mlp"):
+        module = getattr(block, name)
+        module.register_forward_hook(lambda _, inputs, out, n=name: seen.update({n: len(out)}))
+    out = block(x, (3, 4), dropped(keep / 0.6, 0.4))
+    assert seen == {"norm1": 2, "attn": 2, "norm3": 5, "local_mp": 5, "norm2": 2, "mlp": 2}
+    assert torch.equal(out[[1, 4]], x[[1, 4]])
+    assert not (out[[0, 2, 3]] == x[[0, 2, 3]]).all(dim=2).any()
+
+
+def test_the_host_knows_who_keeps_a_branch_from_the_draws_of_the_keys():
+    rate = 0.4
+    model, keys = micro(drop_path_rate=rate).train(), stream(3, 1, torch.arange(7), 2)
+    for number, branches in enumerate(model._kept(7, keys)):
+        for branch, kept in enumerate(branches):
+            keeps = uniform(keys, 3 * number + branch) >= rate
+            assert torch.equal(kept.factors, keeps / torch.tensor(1 - rate))
+            if branch == 1:
+                assert kept.rows is None  # LPI's BatchNorm sees all samples
+            else:
+                assert kept.rows.tolist() == [i for i, keep in enumerate(keeps) if keep]
+    assert micro(drop_path_rate=0.0).train()._kept(7, keys) == [None, None]
+
+
+# Activation checkpointing.
+
+
+def after_steps(checkpointing: bool, dtype: torch.dtype, autocast: bool = False) -> dict:
+    """Everything after two steps with drop path, each with images of two sizes."""
+    torch.manual_seed(0)
+    model = micro(drop_path_rate=0.4, num_classes=5).to(dtype).train()
+    model.activation_checkpointing = checkpointing
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for step in range(2):
+        loss = 0
+        with torch.autocast("cpu", torch.bfloat16, autocast):
+            for view, size in enumerate((32, 16)):
+                x = torch.randn(5, 3, size, size, dtype=dtype)
+                out = model(x, stream(0, step, torch.arange(5), view))
+                loss = loss + out.to(dtype).sin().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64", "bfloat16 autocast"])
+def test_checkpointing_changes_no_bit_of_weights_and_running_statistics(precision):
+    dtype = torch.float64 if precision == "float64" else torch.float32
+    plain, checkpointed = (after_steps(on, dtype, "bfloat" in precision) for on in (False, True))
+    torch.manual_seed(0)
+    start = micro(num_classes=5).to(dtype).state_dict()
+    for name, tensor in plain.items():
+        assert torch.equal(checkpointed[name], tensor), name
+    counts = [name for name in plain if name.endswith("num_batches_tracked")]
+    assert {plain[name].item() for name in counts} == {4}
+    moved = [name for name in plain if not torch.equal(plain[name], start[name])]
+    assert len(moved) > 0.9 * len(plain)
+
+
+def test_checkpointing_keeps_a_fraction_of_the_activations_between_the_passes():
+    kept = {}
+    for checkpointing in (False, True):
+        model = micro(depth=6, drop_path_rate=0.2).train()
+        model.activation_checkpointing = checkpointing
+        sizes = {}
+
+        def note(tensor, sizes=sizes):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            out = model(torch.randn(8, 3, 64, 64), stream(0, 0, torch.arange(8), 0))
+        kept[checkpointing] = sum(size for at, size in sizes.items() if at not in parameters)
+        out.sum().backward()
+    assert kept[True] < 0.15 * kept[False]
+
+
+def test_checkpointing_runs_without_gradients_and_without_keys():
+    model, x = micro(drop_path_rate=0.3).train(), torch.randn(4, 3, 32, 32)
+    gradients = []
+    for checkpointing in (False, True):
+        model.activation_checkpointing = checkpointing
+        torch.manual_seed(5)
+        model.zero_grad()
+        model(x).sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    with torch.no_grad():
+        assert not model.eval()(x).requires_grad
+
+
+def test_a_compiled_checkpointed_model_moves_running_statistics_once(monkeypatch):
+    plain = without_shape_checks(xcit, monkeypatch)
+    plain.uniform = without_shape_checks(draws, monkeypatch).uniform
+    plain.Linear = without_shape_checks(products, monkeypatch).Linear
+    plain.linear = sys.modules[plain.Linear.__module__].linear
+    models = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = plain.XCiT(8, tokens_norm=True, drop_path_rate=0.3, **(MICRO | {"depth": 1}))
+        model = model.double().train()
+        model.activation_checkpointing = checkpointing
+        call = torch.compile(model, backend="aot_eager", fullgraph=True) if checkpointing else model
+        x, keys = torch.randn(3, 3, 32, 32).double(), stream(0, 0, torch.arange(3), 0)
+        call(x, keys).sin().sum().backward()
+        models.append(model)
+    for ours, theirs in zip(*(model.buffers() for model in models), strict=True):
+        assert gap(ours, theirs) < 1e-12
+    for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
+        assert gap(ours.grad, theirs.grad) < 1e-10
+
+
+RANK = """
+import sys, torch
+import torch.distributed as dist
+sys.path.insert(0, sys.argv[1])
+from test_xcit import micro
+from torch.nn.parallel import DistributedDataParallel
+from ssl_xcit import distributed
+from ssl_xcit.draws import stream
+from ssl_xcit.sync_batchnorm import synchronise_batchnorm
+
+torch.set_num_threads(1)
+ranks = distributed.setup("cpu")
+for checkpointing in (False, True):
+    torch.manual_seed(0)
+    model = micro(drop_path_rate=0.5, num_classes=5).double().train()
+    model.activation_checkpointing = checkpointing
+    synchronise_batchnorm(model, ranks.device)
+    model = DistributedDataParallel(model, broadcast_buffers=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for step in range(3):
+        indices = torch.arange(2) + 2 * ranks.rank
+        images = torch.randn(4, 3, 24, 24).double()[indices]
+        optimizer.zero_grad()
+        model(images, stream(0, step, indices, 0)).sin().sum().backward()
+        optimizer.step()
+    torch.save(model.module.state_dict(), f"{sys.argv[2]}/{checkpointing}_{ranks.rank}.pt")
+distributed.teardown()
+"""
+
+
+def test_checkpointing_changes_no_bit_with_batchnorm_over_two_ranks(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*launcher, "--nproc-per-node=2", script, Path(__file__).parent, tmp_path]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    first, *others = (
+        torch.load(tmp_path / f"{checkpointing}_{rank}.pt")
+        for checkpointing in (False, True)
+        for rank in (0, 1)
+    )
+    assert first["blocks.0.local_mp.bn.num_batches_tracked"] == 3
+    for other in others:
+        for name, tensor in first.items():
+            assert torch.equal(other[name], tensor), name

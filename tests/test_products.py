@@ -1,0 +1,115 @@
+"""Linear layers against torch's own in float64, which never goes through oneDNN."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from ssl_xcit.products import Linear, linear
+
+needs_onednn = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this torch was built without oneDNN"
+)
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def operators(x, weight) -> str:
+    with Operators() as seen:
+        linear(x, weight)
+    return " ".join(seen.names)
+
+
+@pytest.mark.parametrize("shape", [(7,), (5, 7), (3, 5, 7), (2, 3, 5, 7), (1, 7), (0, 5, 7)])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_output_and_gradients_are_those_of_float64(shape, with_bias):
+    torch.manual_seed(0)
+    inputs = [torch.randn(shape), torch.randn(11, 7), torch.randn(11)][: 2 + with_bias]
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    out, expected = linear(*inputs), F.linear(*exact)
+    assert out.shape == expected.shape
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-6)
+    weights = torch.randn(out.shape)
+    out.backward(weights)
+    expected.backward(weights.double())
+    for ours, theirs in zip(inputs, exact, strict=True):
+        assert ours.grad.stride() == ours.stride()
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["transposed tokens", "expanded gradient", "a slice"])
+def test_the_memory_layout_does_not_matter(layout):
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 5, 7), torch.randn(11, 7, requires_grad=True)
+    if layout == "transposed tokens":
+        x = torch.randn(3, 7, 5).mT
+    elif layout == "a slice":
+        x = torch.randn(3, 9, 14)[:, 2:7, ::2]
+    x.requires_grad_()
+    out = linear(x, weight)
+    expected = F.linear(x.double(), weight.double())
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-6)
+    grad = torch.randn(3, 11, 5).mT
+    if layout == "expanded gradient":
+        grad = torch.ones(()).expand(3, 5, 11)
+    out.backward(grad)
+    expected = torch.einsum("bnd,bnc->dc", grad.double(), x.detach().double())
+    torch.testing.assert_close(weight.grad.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_only_the_gradients_that_are_wanted_are_computed():
+    x, weight, bias = torch.randn(4, 7), torch.randn(11, 7, requires_grad=True), torch.randn(11)
+    linear(x, weight, bias).sum().backward()
+    assert x.grad is None
+    assert bias.grad is None
+    assert weight.grad is not None
+    with torch.no_grad():
+        assert not linear(x, weight, bias).requires_grad
+
+
+@needs_onednn
+def test_float32_on_a_cpu_goes_to_onednn_and_everything_else_to_torch():
+    x, weight = torch.randn(4, 7), torch.randn(11, 7)
+    assert "mkldnn" in operators(x, weight)
+    for other in (x.double(), x.bfloat16(), x[:0]):
+        assert "mkldnn" not in operators(other, weight.to(other.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "mkldnn" not in operators(x, weight)
+        assert linear(x, weight).dtype == torch.bfloat16
+    meta = x.to("meta"), weight.to("meta")
+    assert "mkldnn" not in operators(*meta)
+
+
+@needs_onednn
+def test_torchs_counter_sees_the_same_flops_as_for_its_own_product():
+    for function in (linear, F.linear):
+        x, weight = torch.randn(2, 4, 7, requires_grad=True), torch.randn(11, 7, requires_grad=True)
+        with FlopCounterMode(display=False) as counter:
+            function(x, weight).sum().backward()
+        assert counter.get_total_flops() == 3 * 2 * (2 * 4 * 7 * 11)
+
+
+def test_a_layer_is_torchs_layer_in_all_but_the_library():
+    torch.manual_seed(0)
+    ours = Linear(7, 11)
+    torch.manual_seed(0)
+    theirs = nn.Linear(7, 11)
+    assert isinstance(ours, nn.Linear)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    for a, b in zip(ours.parameters(), nn.Linear(7, 11).parameters(), strict=True):
+        assert a.shape == b.shape
+    x = torch.randn(4, 7)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=2e-6)
