@@ -5,32 +5,16 @@ constants as in facebookresearch/dino. `ssl_xcit.train.Pretraining` puts the pie
 """
 
 import itertools
-import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-
-class WeightNormLinear(nn.Module):
-    """Linear layer without bias whose rows are g_k v_k / |v_k|, k = 1..out_dim.
-
-    The keys are those of `torch.nn.utils.weight_norm`, which DINO used and torch has deprecated:
-    `weight_g` (K, 1), here 1 at the start, and `weight_v` (K, in_dim), which starts as nn.Linear's
-    weight does. With `weight_g` left at 1 and inputs of length 1, the logits are cosines.
-    """
-
-    def __init__(self, in_dim: int, out_dim: int, train_norm: bool) -> None:
-        super().__init__()
-        self.weight_g = nn.Parameter(torch.ones(out_dim, 1), requires_grad=train_norm)
-        self.weight_v = nn.Parameter(torch.empty(out_dim, in_dim))
-        nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))
-
-    def forward(self, x: Float[Tensor, "b d"]) -> Float[Tensor, "b k"]:
-        norm = self.weight_v.norm(dim=1, keepdim=True)
-        return F.linear(x, self.weight_v * (self.weight_g / norm))
+from ssl_xcit.products import Linear
+from ssl_xcit.prototypes import WeightNormLinear
 
 
 class DINOHead(nn.Module):
@@ -58,8 +42,8 @@ class DINOHead(nn.Module):
         layers: list[nn.Module] = []
         for before, after in itertools.pairwise(widths[:-1]):
             norm = [nn.BatchNorm1d(after)] if use_bn else []
-            layers += [nn.Linear(before, after), *norm, nn.GELU()]
-        last = nn.Linear(widths[-2], bottleneck_dim)
+            layers += [Linear(before, after), *norm, nn.GELU()]
+        last = Linear(widths[-2], bottleneck_dim)
         self.mlp = nn.Sequential(*layers, last) if layers else last
         for layer in (*layers, last):
             if isinstance(layer, nn.Linear):
@@ -69,10 +53,13 @@ class DINOHead(nn.Module):
 
     def forward(self, x: Float[Tensor, "b d"]) -> Float[Tensor, "b k"]:
         """Logits of the `out_dim` prototypes."""
+        return self.last_layer(self.unit_vectors(x))
+
+    def unit_vectors(self, x: Float[Tensor, "b d"]) -> Float[Tensor, "b e"]:
+        """What the prototypes are compared with: the MLP's outputs, each of length 1."""
         x = self.mlp(x)
         # in float32 at least: half precision would round the unit sphere coarsely
-        x = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
-        return self.last_layer(x)
+        return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
 
 class MultiCropWrapper(nn.Module):
@@ -87,13 +74,15 @@ class MultiCropWrapper(nn.Module):
         self,
         crops: Sequence[Float[Tensor, "_v n c _h _w"]],
         keys: Sequence[Int[Tensor, "_v n"]] | None = None,
+        unit_vectors: bool = False,
     ) -> Float[Tensor, "m k"]:
         """Logits of all views, view by view: the n samples of view 0, then those of view 1, ...
 
         Each entry of `crops` holds the views of one resolution and gets one pass through the
         backbone; the head sees all of them at once. An entry without views (no local crops) is
         skipped. `keys` are the random streams of the samples' drop path, one per view and sample;
-        without them the backbone draws from torch's generator.
+        without them the backbone draws from torch's generator. With `unit_vectors` the head stops
+        before its prototypes.
         """
         features = []
         for entry, views in enumerate(crops):
@@ -102,7 +91,8 @@ class MultiCropWrapper(nn.Module):
             images = views.flatten(0, 1)  # (v n, c, h, w)
             extra = {} if keys is None else {"keys": keys[entry].flatten()}
             features.append(self.backbone(images, **extra))
-        return self.head(torch.cat(features))
+        head = self.head.unit_vectors if unit_vectors else self.head
+        return head(torch.cat(features))
 
 
 class DINOLoss(nn.Module):
@@ -135,7 +125,6 @@ class DINOLoss(nn.Module):
                 p = softmax(student_logits[v, b] / student_temp)
                 loss += -sum_k q[k] log p[k] / (n (2 V - 2))
 
-        Each view's log p is computed once, and all local views share <q_0 + q_1, sum_v log p_v>.
         No gradient flows to the teacher. Computed and returned in float32 under autocast too
         (float64 from float64 logits). Starts near ln K; stuck there, the outputs are uniform.
         """
@@ -144,16 +133,8 @@ class DINOLoss(nn.Module):
         assert remainder == 0, f"{len(teacher_logits)} teacher logits are not two views"
         assert views >= 2, f"{len(student_logits)} student logits for {n} samples"
         assert len(student_logits) == views * n, "the views hold different numbers of samples"
-        first, second = teacher_probs(teacher_logits, self.center, teacher_temp).chunk(2)  # (n, k)
-        dtype = torch.promote_types(student_logits.dtype, torch.float32)
-        student = student_logits.to(dtype) / self.student_temp
-        log_p = student.log_softmax(-1).unflatten(0, (views, n))
-        # Split, not indexed: the gradient of three slices would be three zero-padded full tensors.
-        global_0, global_1, local = log_p.split([1, 1, views - 2])
-        total = (second * global_0).sum() + (first * global_1).sum()
-        if views > 2:
-            total = total + ((first + second) * local.sum(0)).sum()
-        return -total / (n * (2 * views - 2))
+        targets = teacher_probs(teacher_logits, self.center, teacher_temp)  # (2 n, k)
+        return _CrossEntropy.apply(student_logits, targets, self.student_temp)
 
     @torch.no_grad()
     def update_center(
@@ -170,29 +151,55 @@ class DINOLoss(nn.Module):
         self.center.copy_(moved if skip is None else torch.where(skip, self.center, moved))
 
 
+class _CrossEntropy(torch.autograd.Function):
+    """The mean over pairs of different views of -<q, log p>, its gradient made on the way.
+
+    View by view, so that what is between the logits and the gradient stays in a CPU's cache:
+    sum_k q_k = 1 makes the derivative of a view's terms by its logits (w p - q) / T, where q is the
+    sum of the w targets that the view is compared with, 1 for a global and 2 for a local one.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        student_logits: Float[Tensor, "vn k"],
+        targets: Float[Tensor, "tn k"],
+        student_temp: float,
+    ) -> Float[Tensor, ""]:
+        n = len(targets) // 2
+        views = len(student_logits) // n
+        first, second = targets.split(n)
+        both = first + second if views > 2 else None
+        dtype = torch.promote_types(student_logits.dtype, torch.float32)
+        pairs = n * (2 * views - 2)
+        gradient = torch.empty_like(student_logits) if ctx.needs_input_grad[0] else None
+        total = targets.new_zeros((), dtype=dtype)
+        for view, logits in enumerate(student_logits.split(n)):
+            target = (second, first)[view] if view < 2 else both
+            log_p = (logits.to(dtype) / student_temp).log_softmax(dim=1)
+            total -= (target * log_p).sum()
+            if gradient is not None:
+                by_view = log_p.exp_().mul_(1 if view < 2 else 2).sub_(target)
+                rows = gradient[view * n : (view + 1) * n]
+                torch.mul(by_view, 1 / (student_temp * pairs), out=rows)
+        ctx.save_for_backward(gradient)
+        return total / pairs
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, grad: Float[Tensor, ""]
+    ) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad, None, None
+
+
 @torch.no_grad()
 def teacher_probs(
     teacher_logits: Float[Tensor, "b k"], center: Float[Tensor, "1 k"], teacher_temp: float
 ) -> Float[Tensor, "b k"]:
     """softmax((logits - center) / teacher_temp): centring and sharpening, in float32 at least."""
     return torch.softmax((teacher_logits - center) / teacher_temp, dim=-1)
-
-
-@torch.no_grad()
-def loss_statistics(
-    loss: Float[Tensor, ""],
-    teacher_logits: Float[Tensor, "tn k"],
-    center: Float[Tensor, "1 k"],
-    teacher_temp: float,
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """The loss in two parts (teacher entropy, KL divergence), without waiting for the device.
-
-    The entropy H(q) is the mean over the samples of both views, and the loss, a mean of cross
-    entropies in which both views count alike, is H(q) + KL(q | p). Entropy near ln K or near 0 is
-    the collapse that centring and sharpening hold back. `center`: the one that the loss used.
-    """
-    entropy = torch.special.entr(teacher_probs(teacher_logits, center, teacher_temp)).sum(-1).mean()
-    return entropy, loss - entropy
 
 
 @torch.no_grad()

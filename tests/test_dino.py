@@ -12,7 +12,6 @@ from ssl_xcit.dino import (
     DINOHead,
     DINOLoss,
     MultiCropWrapper,
-    loss_statistics,
     teacher_probs,
     update_teacher,
 )
@@ -124,7 +123,7 @@ def test_head_normalises_in_float32_under_autocast_and_at_any_scale():
     with torch.autocast("cpu", torch.bfloat16):
         logits = head(x)
         head(1e-4 * x)
-    assert logits.dtype == torch.bfloat16
+    assert logits.dtype == torch.float32  # of bfloat16 products
     for normalised in seen:
         assert normalised.dtype == torch.float32
         torch.testing.assert_close(normalised.norm(dim=1), torch.ones(5), rtol=1e-6, atol=0)
@@ -343,29 +342,6 @@ def test_the_centre_is_subtracted_so_that_a_favourite_prototype_loses_its_lead()
     logits[:, 0] = 1.0
     center = torch.tensor([[1.0, 0.0, 0.0]])
     torch.testing.assert_close(teacher_probs(logits, center, 0.04), torch.full((2, 3), 1 / 3))
-
-
-def test_loss_splits_into_teacher_entropy_and_divergence():
-    student, teacher, center = logits_of(3, 2, 9, torch.float64, scale=0.2)
-    value = loss_with(center)(student.flatten(0, 1), teacher.flatten(0, 1), 0.07)
-    entropy, kl = loss_statistics(value, teacher.flatten(0, 1), center, 0.07)
-    entropies, divergences = [], []
-    for t in range(2):
-        for b in range(3):
-            q = torch.distributions.Categorical(logits=(teacher[t, b] - center[0]) / 0.07)
-            entropies.append(q.entropy())
-            for v in range(4):
-                if v != t:
-                    p = torch.distributions.Categorical(logits=student[v, b] / 0.1)
-                    divergences.append(torch.distributions.kl_divergence(q, p))
-    torch.testing.assert_close(entropy, sum(entropies) / len(entropies))
-    torch.testing.assert_close(kl, sum(divergences) / len(divergences))
-
-
-def test_teacher_entropy_of_a_certain_teacher_is_zero_not_nan():
-    teacher = torch.tensor([[1000.0, 0.0], [0.0, 1000.0]])
-    entropy, _ = loss_statistics(torch.tensor(1.0), teacher, torch.zeros(1, 2), 0.04)
-    assert entropy.item() == 0.0
 
 
 def test_logits_that_are_not_whole_views_are_a_bug():
