@@ -41,18 +41,23 @@ RUN_KEYS_THAT_MAY_CHANGE = frozenset(
         "run.device",
         "run.num_workers",
         "run.compile",
+        "run.activation_checkpointing",
+        "head.prototype_chunk",
         "run.log_every",
         "run.save_every",
         "run.max_bad_steps",
         "run.stall_timeout",
         "run.keep_last",
         "run.saveckp_freq",
+        "run.tensorboard",
+        "run.wandb",
         "probe.every",
         "probe.probe_train",
         "probe.probe_test",
         "probe.probe_k",
         "probe.probe_resize",
         "probe.probe_crop",
+        "probe.probe_limit",
     }
 )
 
@@ -193,8 +198,11 @@ class Head:
     """Width of the hidden layers."""
     head_bottleneck_dim: int = 256
     """Width of the normalised vector that the prototypes are compared with."""
+    prototype_chunk: int = 0
+    """Prototypes whose logits exist at a time, for memory independent of out_dim; 0: all."""
 
     def __post_init__(self) -> None:
+        check(self, ">= 0", "prototype_chunk")
         check(self, ">= 1", "out_dim", "head_layers", "head_hidden_dim", "head_bottleneck_dim")
 
 
@@ -269,6 +277,8 @@ class Run:
     """Loader threads per rank; 0 = this rank's share of the cores."""
     compile: bool = False
     """Compile the backbone (torch.compile)."""
+    activation_checkpointing: bool = False
+    """Compute the student's blocks again in the backward pass: less memory, a third more time."""
     log_every: int = 10
     """Steps between two log lines."""
     save_every: float = 15.0
@@ -285,6 +295,10 @@ class Run:
     """Seconds that a rank waits for another before it says which one and ends; 0 = for ever."""
     deterministic: bool = False
     """The same bits on every run of a GPU too, at some cost of speed."""
+    tensorboard: bool = False
+    """Copy the log to TensorBoard, in the run folder's tensorboard/ (pip install tensorboard)."""
+    wandb: str = ""
+    """Copy the log to this project of Weights & Biases (pip install wandb)."""
 
     def __post_init__(self) -> None:
         check(self, ">= 0", "num_workers", "save_every", "saveckp_freq", "stall_timeout")
@@ -308,9 +322,11 @@ class Probe:
     """Shorter side after resizing, pixels."""
     probe_crop: int = 224
     """Side of the central crop, pixels."""
+    probe_limit: int = 10_000
+    """Images of each of the two to look at, at most: a subset drawn by the seed; 0 = all."""
 
     def __post_init__(self) -> None:
-        check(self, ">= 0", "every")
+        check(self, ">= 0", "every", "probe_limit")
         check(self, ">= 1", "probe_k", "probe_resize", "probe_crop")
         if self.probe_crop > self.probe_resize:
             raise UserError(
@@ -441,8 +457,18 @@ def run_command(
     """
     with exit_on_user_error():
         config = load_config(cls, files, argv)
+        use_huge_pages()
         module, function = target.split(":")
         getattr(importlib.import_module(module), function)(config)
+
+
+def use_huge_pages() -> None:
+    """Let torch ask Linux for huge pages; before the import of torch, which looks when it is used.
+
+    Activations are large blocks that come and go: on a CPU a training step spent 6 % of its time on
+    small pages.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def load_config(

@@ -60,7 +60,8 @@ class Engine:
     def __init__(self, task: Task, log: Log, saver: Saver, stop: StopSignals, watch: Watch) -> None:
         self.task, self.log, self.saver, self.stop, self.watch = task, log, saver, stop, watch
         self.statistics = BatchStatistics(task.modules())
-        self.verdict = HostCopy(2, task.ranks.device)  # whether to stop, bad steps in a row
+        self.flags = HostCopy(2, task.ranks.device)  # whether to stop, bad steps in a row
+        self.started, self.evaluating = time.monotonic(), 0.0  # seconds
 
     def run(self, first_step: int) -> dict:
         """Steps from `first_step` on; the last logged row."""
@@ -69,17 +70,20 @@ class Engine:
         row = self._finish_record(first_step)
         if first_step >= total:
             log.say(f"{task.config.out} is finished: {total} steps")
+            log.conclude()
             return row
         for line in [] if first_step else task.initialise():
             log.say(line)
         log.say(task.summary())
+        for line in task.warm_up():
+            log.say(line)
         for step in range(first_step, total):
             epoch, step_in_epoch = divmod(step, per_epoch)
             self.watch.at(2 * step, f"step {step}")
             if step == first_step or step_in_epoch == 0:
                 task.loader.set_epoch(epoch, step_in_epoch)
                 batches = iter(task.loader)
-            stop, bad_steps = self.verdict.exchange(
+            stop, bad_steps = self.flags.exchange(
                 train_step(task, batches, step, self.statistics, bool(self.stop.received))
             )
             self.stop.eager = False
@@ -87,40 +91,32 @@ class Engine:
             done = step + 1
             if bad_steps >= task.config.run.max_bad_steps:
                 self._give_up(done, int(bad_steps))
-            if self._record_due(done) and not (stop and self._evaluates(done)):
+            if task.recorded(step) and not (stop and task.evaluated(step)):
                 row = self._record(step)
             if stop:
                 self._leave(done)
             if task.ranks.rank == 0 and self.saver.due(done):
                 self._save(done)
         distributed.barrier()
+        log.conclude()
         return row
-
-    def _record_due(self, done: int) -> bool:
-        """Whether the step before `done` has a row of its own in metrics.jsonl."""
-        task = self.task
-        return (
-            done % task.config.run.log_every == 0
-            or done == task.total_steps
-            or self._evaluates(done)
-        )
-
-    def _evaluates(self, done: int) -> bool:
-        epochs, rest = divmod(done, self.task.steps_per_epoch)
-        return rest == 0 and self.task.evaluates(epochs - 1)
 
     def _record(self, step: int) -> dict:
         """Evaluate if that is due, then write and return the row of `step`."""
         task, log = self.task, self.log
         found: dict[str, float] = {}
-        if self._evaluates(step + 1):
+        if task.evaluated(step):
             self.watch.at(2 * step + 1, f"the evaluation after step {step}")
             start = time.monotonic()
             try:
                 found = task.evaluate(self._check)
             except Stopped:
                 self._leave(step + 1)
-            log.clock.skip(time.monotonic() - start)
+            seconds = time.monotonic() - start
+            log.clock.skip(seconds)
+            self.evaluating += seconds
+            share = self.evaluating / (time.monotonic() - self.started)
+            found |= {"speed/evaluation_share": round(share, 4)}
         row = log.row(step) | found
         log.write(row)
         log.clock.restart(step + 1)
@@ -138,7 +134,7 @@ class Engine:
         path = Path(self.task.config.out) / "metrics.jsonl"
         last = [{"step": -1}, *(read_metrics(path) if path.exists() else [])][-1]
         # Rank 0's view counts: the others may see an older file
-        missing = self._record_due(first_step) and last["step"] < first_step - 1
+        missing = self.task.recorded(first_step - 1) and last["step"] < first_step - 1
         if distributed.any_rank(missing and self.task.ranks.rank == 0):
             self.stop.eager = False
             return self._record(first_step - 1)
@@ -222,7 +218,7 @@ class SharedMeans:
         flags = losses.new_tensor([0.0, float(stop)])
         flags[0] = ~losses.isfinite().all()
         self.shape = means.shape
-        self.vector = torch.cat([means.flatten().to(flags.dtype), flags])
+        self.vector = torch.cat([means.flatten(), flags.to(means.dtype)])
         self.work = dist.all_reduce(self.vector, async_op=True) if self.world_size > 1 else None
 
     def wait(self) -> tuple[Tensor, Bool[Tensor, ""], Bool[Tensor, ""]]:

@@ -81,8 +81,8 @@ class Finetuning(Task):
         network = network.to(ranks.device).train()
         decay = config.model.ema_decay
         self.average = WeightAverage(network, decay) if decay else None
-        if config.run.compile:
-            network.compile(dynamic=False)
+        network.activation_checkpointing = config.run.activation_checkpointing
+        network.compiled = config.run.compile
         scales = layer_scales(len(network.blocks), config.optim.layer_decay)
         groups = parameter_groups(network, undecayed=("cls_token",), lr_scale=scales)
         self.optimizer = build_optimizer("adamw", groups)
@@ -202,8 +202,7 @@ class Finetuning(Task):
         for images, labels, _ in Checked(self.test_loader, check):
             images = normalise(images.to(self.ranks.device, non_blocking=True), *self.statistics)
             with self.autocast():
-                # not network(images), which a compiled network would compile for this shape
-                logits = network.forward(images)
+                logits = network(images)
             ranked = logits.float().topk(min(5, self.num_classes), dim=1).indices.cpu()
             right = ranked == labels[:, None]
             found += torch.tensor([right[:, 0].sum(), right.sum(), len(labels)])

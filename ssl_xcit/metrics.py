@@ -113,6 +113,7 @@ class Progress:
         done = row["step"] + 1
         computed = max(1, done - self.first_step)
         left = (time.monotonic() - self.start) / computed * (self.total - done)
+        share = row.get("speed/evaluation_share")
         self.say(
             f"epoch {row['epoch'] + 1}/{self.epochs}  step {done}/{self.total}  "
             f"loss {row['train/loss']:.4f}  lr {row['schedule/lr']:.2e}  "
@@ -123,6 +124,7 @@ class Progress:
                 for key in row
                 if key.startswith(("probe/", "test/"))
             )
+            + (f"  evaluation {100 * share:.1f} % of the time" if share is not None else "")
         )
 
     def say(self, text: str) -> None:

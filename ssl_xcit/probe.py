@@ -1,22 +1,28 @@
-"""k-NN of the teacher while it trains."""
+"""k-NN of the teacher while it trains, and the rank of its features."""
 
 from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
 import torch
+from jaxtyping import Int64
 from torch import nn
 
 from ssl_xcit.augment import EvalView
 from ssl_xcit.config import TrainConfig
+from ssl_xcit.diagnostics import rankme
 from ssl_xcit.distributed import Distributed
 from ssl_xcit.evaluation_data import check_datasets, evaluation_loader, open_images
-from ssl_xcit.features import extract_features
+from ssl_xcit.features import Features, extract_features
 from ssl_xcit.knn import knn_accuracy
+
+KINDS = ("cls", "patch")
 
 
 class Probe:
     """k-NN of the teacher on a held-out set, in the training process.
 
-    It reads and changes nothing of the training's state.
+    It reads and changes nothing of the training's state. Of each set it looks at `probe_limit`
+    images at most, always the same ones.
     """
 
     def __init__(self, config: TrainConfig, ranks: Distributed) -> None:
@@ -35,6 +41,7 @@ class Probe:
                 dtype=torch.float32 if ranks.device.type == "cpu" else torch.uint8,
                 mean=config.crops.mean,
                 std=config.crops.std,
+                subset=some_images(len(images), config.probe.probe_limit, config.seed),
             )
             for images in both
         )
@@ -42,17 +49,29 @@ class Probe:
     def __call__(
         self, backbone: nn.Module, wrap: Callable[[Iterable], Iterable] = lambda loader: loader
     ) -> dict[str, float]:
-        """{"probe/top1_cls": percent, "probe/top1_patch": percent}; batches come through `wrap`."""
-        found = knn_probe(
-            backbone,
-            wrap(self.train),
-            wrap(self.test),
-            ("cls", "patch"),
-            self.config.probe.probe_k,
-            self.device,
-            self.config.run.precision,
+        """Numbers for the log; the loaders' batches come through `wrap`. All ranks call it.
+
+        probe/top1_cls, probe/top1_patch: top-1 in percent by each kind of feature. health/rankme:
+        the effective rank of the voting images' cls tokens; health/rankme_share: over the largest
+        that it could be, min(images, dimensions).
+        """
+        precision = self.config.run.precision
+        train, test = (
+            extract_features(backbone, wrap(loader), KINDS, self.device, precision)
+            for loader in (self.train, self.test)
         )
-        return {f"probe/top1_{kind}": top1 for kind, top1 in found.items()}
+        k = self.config.probe.probe_k
+        found = {f"probe/top1_{kind}": _top1(train, test, kind, k, self.device) for kind in KINDS}
+        features = train["cls"].features.to(self.device)
+        rank = rankme(features).item()
+        return found | {"health/rankme": rank, "health/rankme_share": rank / min(features.shape)}
+
+
+def some_images(size: int, limit: int, seed: int) -> Int64[np.ndarray, " n"]:
+    """`limit` of the numbers 0 .. size - 1, sorted, drawn by `seed`; all of them if limit is 0."""
+    if limit == 0 or limit >= size:
+        return np.arange(size)
+    return np.sort(np.random.default_rng(seed).choice(size, limit, replace=False))
 
 
 def knn_probe(
@@ -74,14 +93,18 @@ def knn_probe(
         extract_features(backbone, loader, which, device, precision)
         for loader in (train_loader, test_loader)
     )
-    return {
-        kind: knn_accuracy(
-            train[kind].features.to(device),
-            train[kind].labels.to(device),
-            test[kind].features.to(device),
-            test[kind].labels.to(device),
-            (k,),
-            temperature,
-        )[k][0]
-        for kind in which
-    }
+    return {kind: _top1(train, test, kind, k, device, temperature) for kind in which}
+
+
+def _top1(
+    train: dict[str, Features],
+    test: dict[str, Features],
+    kind: str,
+    k: int,
+    device: torch.device,
+    temperature: float = 0.07,
+) -> float:
+    """k-NN top-1 in percent."""
+    train, test = train[kind], test[kind]
+    rows = (train.features, train.labels, test.features, test.labels)
+    return knn_accuracy(*(tensor.to(device) for tensor in rows), (k,), temperature)[k][0]

@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 
 from ssl_xcit import distributed
-from ssl_xcit.metrics import MetricsWriter, Progress
+from ssl_xcit.metrics import MetricsWriter, Progress, read_metrics
+from ssl_xcit.sinks import open_sinks
 from ssl_xcit.task import Task
+from ssl_xcit.verdict import recent
 
 
 class Log:
@@ -16,8 +18,12 @@ class Log:
 
     def __init__(self, task: Task, out: Path, first_step: int) -> None:
         self.task, self.chief = task, task.ranks.rank == 0
+        self.sinks = open_sinks(task.config, first_step, self.chief)
+        self.rows: list[dict] = []  # that the verdict rests on
+        self.said = ""  # the last verdict's name
         if self.chief:
             self.metrics = MetricsWriter(out / "metrics.jsonl", first_step)
+            self.rows = recent(read_metrics(self.metrics.path))
         epochs = task.config.optim.epochs
         self.progress = Progress(epochs, task.steps_per_epoch, first_step, quiet=not self.chief)
         self.clock = IntervalClock(task, first_step)
@@ -32,8 +38,10 @@ class Log:
         return {
             "step": step,
             "epoch": step // task.steps_per_epoch,
+            "progress": round((step + 1) / task.total_steps, 6),
             **dict(zip(task.meters.names, means, strict=True)),
             "train/bad_steps": int(task.meters.skipped[1]),
+            **{f"health/{name}": value for name, value in task.health().items()},
             **{f"schedule/{name}": value for name, value in scheduled},
             "speed/images_per_sec": round(speed, 2),
             "speed/data_wait": round(wait, 4),
@@ -41,10 +49,23 @@ class Log:
         }
 
     def write(self, row: dict) -> None:
-        """Store and print a row."""
+        """Store and print a row, and what it means if that is another thing than before."""
         if self.chief:
             self.metrics.write(row)
+            for sink in self.sinks:
+                sink.write(row)
             self.progress.log(row)
+            self.rows = recent([*self.rows, row])
+            found = self.task.verdict(self.rows)
+            if found is not None and found.name != self.said and row["progress"] < 1:
+                self.say(found.text)
+                self.said = found.name
+
+    def conclude(self) -> None:
+        """Print the last verdict."""
+        found = self.task.verdict(self.rows) if self.chief else None
+        if found is not None:
+            self.say(found.text)
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -55,6 +76,8 @@ class Log:
         self.progress.close()
         if self.chief:
             self.metrics.close()
+        for sink in self.sinks:
+            sink.close()
 
 
 class IntervalClock:

@@ -2,7 +2,8 @@
 
 A row for each: the values that a sweep gave it, its state, epoch and finished steps by the newest
 row of metrics.jsonl, the loss there, the newest k-NN top-1 in percent (of the cls token: by
-eval/knn.json, the best k; else by the probe), and how long ago something was logged. The states:
+eval/knn.json, the best k; else by the probe), how long ago something was logged, and for a
+pretraining the verdict (`python -m ssl_xcit.verdict RUN` has the reasons). The states:
 
     pending, running, ...   what SLURM says of the run's job
     finished                all epochs are done
@@ -23,6 +24,7 @@ from ssl_xcit import options
 from ssl_xcit.config import TrainConfig
 from ssl_xcit.errors import UserError, exit_on_user_error
 from ssl_xcit.finetune_config import FinetuneConfig
+from ssl_xcit.verdict import read_rows, read_verdict
 
 # Folders that hold no run but many files
 NO_RUNS = {"checkpoints", "slurm", "bad_step"}
@@ -43,8 +45,8 @@ def describe_run(run: Path, states: dict[str, str]) -> dict[str, str]:
     values = submission.get("sweep", {})
     swept = {name: options.as_text(value) for name, value in values.items()}
     log, epochs = run / "metrics.jsonl", _epochs(run)
-    rows = _read_rows(log)
-    found = dict.fromkeys(("epoch", "steps", "loss", "k-NN", "logged"), "")
+    rows = read_rows(log)
+    found = dict.fromkeys(("epoch", "steps", "loss", "k-NN", "logged", "verdict"), "")
     if rows:
         last = rows[-1]
         loss = last.get("train/loss")
@@ -52,6 +54,8 @@ def describe_run(run: Path, states: dict[str, str]) -> dict[str, str]:
         found["steps"] = str(last["step"] + 1)
         found["loss"] = "not finite" if loss is None else f"{loss:.4f}"
         found["logged"] = f"{_duration(time.time() - log.stat().st_mtime)} ago"
+        if not _fine_tunes(run):
+            found["verdict"] = read_verdict(run).name
     probed = [row["probe/top1_cls"] for row in rows if "probe/top1_cls" in row]
     evaluated = [row["top1"] for row in _read_json(run / "eval/knn.json").get("accuracy", [])]
     if evaluated or probed:
@@ -99,9 +103,12 @@ def _epochs(run: Path) -> int | None:
     """Epochs that the run is to have."""
     if not (run / "config.yaml").exists():
         return None
-    fine_tuning = _read_json(run / "run.json").get("kind") == "fine-tuning"
-    cls = FinetuneConfig if fine_tuning else TrainConfig
+    cls = FinetuneConfig if _fine_tunes(run) else TrainConfig
     return options.read_file(cls, run / "config.yaml").get("optim.epochs")
+
+
+def _fine_tunes(run: Path) -> bool:
+    return _read_json(run / "run.json").get("kind") == "fine-tuning"
 
 
 def _finished_epochs(run: Path) -> int:
@@ -116,17 +123,6 @@ def _read_json(path: Path) -> dict:
         return json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-
-
-def _read_rows(path: Path) -> list[dict]:
-    """As `metrics.read_metrics`, but without importing torch, which takes longer than the list."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
 
 
 def _duration(seconds: float) -> str:

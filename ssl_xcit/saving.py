@@ -76,7 +76,9 @@ def restore(task: Task, tensors: dict[str, StateDict]) -> None:
     """Load a checkpoint's tensors into `task`."""
     task.load(tensors)
     for name, tensor in task.counters().items():
-        tensor.copy_(tensors["meters"][name])
+        stored = tensors["meters"].get(name)
+        if stored is not None and stored.shape == tensor.shape:  # else of an older version's log
+            tensor.copy_(stored)
     _load_optimizer(task, tensors["optimizer"])
 
 

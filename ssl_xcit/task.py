@@ -21,6 +21,7 @@ from ssl_xcit.finetune_config import FinetuneConfig
 from ssl_xcit.loader import MultiCropLoader
 from ssl_xcit.metrics import RunningMeans
 from ssl_xcit.sync_batchnorm import synchronise_batchnorm
+from ssl_xcit.verdict import Verdict
 
 
 class StepLoss(NamedTuple):
@@ -77,6 +78,21 @@ class Task(ABC):
         """Optimiser steps of the whole run."""
         return self.config.optim.epochs * self.steps_per_epoch
 
+    def evaluated(self, step: int) -> bool:
+        """Whether `evaluate` is due after `step`."""
+        epochs, rest = divmod(step + 1, self.steps_per_epoch)
+        return rest == 0 and self.evaluates(epochs - 1)
+
+    def recorded(self, step: int) -> bool:
+        """Whether `step` has a row of its own in metrics.jsonl: only there `loss` may do more."""
+        done = step + 1
+        logged = done % self.config.run.log_every == 0
+        return logged or done == self.total_steps or self.evaluated(step)
+
+    def warm_up(self) -> list[str]:
+        """Do what takes a while and changes nothing, before the first step; lines to print."""
+        return []
+
     def initialise(self) -> list[str]:
         """Load what a run starts from, when no checkpoint resumes it; returns lines to print."""
         return []
@@ -117,6 +133,14 @@ class Task(ABC):
         `check` ends the evaluation on all ranks when a signal has come; see `Checked`.
         """
         return {}
+
+    def health(self) -> dict[str, float]:
+        """How the last recorded step went, beyond the means; the host waits for the device."""
+        return {}
+
+    def verdict(self, rows: list[dict]) -> Verdict | None:
+        """What the newest rows of metrics.jsonl, in order, say in words; None: nothing."""
+        return None
 
     @abstractmethod
     def modules(self) -> list[nn.Module]:
@@ -161,7 +185,6 @@ def distribute(model: nn.Module, ranks: Distributed) -> nn.Module:
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     distributed_model = DistributedDataParallel(
         model,
-        device_ids=None if ranks.device.type == "cpu" else [ranks.device.index],
         gradient_as_bucket_view=True,
         # The buffers are equal already, see `share_batch_statistics`. Renamed in torch 2.15.
         **{"forward_sync_buffers" if renamed else "broadcast_buffers": False},

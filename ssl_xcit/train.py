@@ -1,7 +1,9 @@
 """Pretraining: `train(config)`, and the task it gives to the engine, DINO's Algorithm 1."""
 
 import copy
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,11 +13,14 @@ from ssl_xcit import distributed, draws, schedules
 from ssl_xcit.augment import dino_views
 from ssl_xcit.beton import Beton
 from ssl_xcit.checkpoint import StateDict
+from ssl_xcit.chunked_loss import Temperatures, chunked_loss
 from ssl_xcit.config import TrainConfig
-from ssl_xcit.dino import DINOLoss, loss_statistics, update_teacher
+from ssl_xcit.diagnostics import batch_means, health, means_size
+from ssl_xcit.dino import DINOLoss, update_teacher
 from ssl_xcit.distributed import Distributed
 from ssl_xcit.engine import out_of_memory_advice, run_task
 from ssl_xcit.errors import UserError
+from ssl_xcit.guard import BatchStatistics
 from ssl_xcit.init_from import init_from
 from ssl_xcit.loader import MultiCropLoader
 from ssl_xcit.metrics import RunningMeans
@@ -23,8 +28,9 @@ from ssl_xcit.networks import dino_network
 from ssl_xcit.optim import build_optimizer, freeze_last_layer, parameter_groups
 from ssl_xcit.probe import Probe
 from ssl_xcit.task import Checked, StepLoss, Task, distribute, share_batch_statistics
+from ssl_xcit.verdict import Verdict, verdict
 
-METERS = ("train/loss", "health/teacher_entropy", "health/kl", "train/grad_norm")
+METERS = ("train/loss", "train/grad_norm")
 DROP_PATH_STREAM = 1_000  # drop path draws from views numbered from here: not the crops' numbers
 
 
@@ -49,6 +55,15 @@ def train(config: TrainConfig) -> dict:
         distributed.teardown()
 
 
+class Comparison(NamedTuple):
+    """What came of holding a micro-batch's student against its teacher."""
+
+    loss: Float[Tensor, ""]
+    teacher_mean: Float[Tensor, "1 k"]  # of its logits
+    student_logits: Iterable[Float[Tensor, "n k"]]  # view by view
+    teacher_logits: Iterable[Float[Tensor, "n k"]]
+
+
 class Pretraining(Task):
     """A student that learns from its own moving average, the teacher.
 
@@ -67,11 +82,10 @@ class Pretraining(Task):
         # their own. Drop path is the student's alone.
         teacher = copy.deepcopy(student).requires_grad_(False)
         teacher.backbone.drop_path_rate = 0.0
+        student.backbone.activation_checkpointing = config.run.activation_checkpointing
         student, self.teacher = student.to(ranks.device).train(), teacher.to(ranks.device).train()
         self.loader = _loader(config, ranks)
-        if config.run.compile:
-            student.backbone.compile(dynamic=False)
-            self.teacher.backbone.compile(dynamic=False)
+        student.backbone.compiled = self.teacher.backbone.compiled = config.run.compile
         groups = parameter_groups(student)
         self.optimizer = build_optimizer(config.optim.optimizer, groups)
         self.model = distribute(student, ranks)
@@ -79,8 +93,28 @@ class Pretraining(Task):
             config.head.out_dim, config.loss.student_temp, config.loss.center_momentum
         ).to(ranks.device)
         self.teacher_mean = torch.zeros_like(self.dino_loss.center)  # of this step's logits
+        size = means_size(config.head.out_dim, self.teacher.backbone.embed_dim)
+        self.health_means = torch.zeros(size, device=ranks.device)  # of the last recorded step
         self.meters = RunningMeans(METERS, ranks.device)
         self.probe = Probe(config, ranks) if config.probe.every else None
+
+    def warm_up(self) -> list[str]:
+        """Compile, if that is wanted, before the first step and not in it."""
+        config, start = self.config, time.monotonic()
+        if not config.run.compile:
+            return []
+        statistics = BatchStatistics(self.modules())
+        statistics.remember()
+        n, channels, crops = config.optim.batch_size_per_gpu, config.model.in_chans, config.crops
+        sizes = (2, crops.global_crops_size), (crops.local_crops_number, crops.local_crops_size)
+        batch = [
+            torch.zeros(views, n, channels, side, side, device=self.ranks.device)
+            for views, side in sizes
+        ]
+        self.loss((*batch, torch.arange(n)), 0, 0).loss.backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        statistics.restore(torch.tensor(True, device=self.ranks.device))
+        return [f"compiled for its sizes of crops in {time.monotonic() - start:.0f} s"]
 
     def initialise(self) -> list[str]:
         """Start from `init_from`, if there is one."""
@@ -119,20 +153,73 @@ class Pretraining(Task):
         crops = [self.on_device(crop, mean, std) for crop in (global_crops, local_crops)]
         crops = [crop for crop in crops if len(crop)]  # local_crops_number may be 0
         keys = drop_path_keys(config, step // self.steps_per_epoch, indices, crops)
+        epoch = step // self.steps_per_epoch
+        frozen = schedules.last_layer_frozen(epoch, config.optim.freeze_last_layer)
+        self.bare_model.head.last_layer.frozen = frozen
         with self.autocast():
             with torch.no_grad():
-                teacher_logits = self.teacher(crops[:1])
-            student_logits = self.model(crops, keys)
-            loss = self.dino_loss(student_logits, teacher_logits, teacher_temp)
+                teacher_features = self.teacher.backbone(crops[0].flatten(0, 1))
+            compare = self._compare_by_chunks if config.head.prototype_chunk else self._compare
+            loss, teacher_mean, *logits = compare(crops, keys, teacher_features, teacher_temp)
         with torch.no_grad():
             if micro == 0:
                 self.teacher_mean.zero_()
             accumulation = config.optim.accumulation_steps
-            logits = teacher_logits.to(self.teacher_mean.dtype)
-            self.teacher_mean += logits.mean(0, keepdim=True) / accumulation
-            center = self.dino_loss.center
-            statistics = loss_statistics(loss.detach(), teacher_logits, center, teacher_temp)
-        return StepLoss(loss, tuple(statistics))
+            self.teacher_mean += teacher_mean / accumulation
+            self.to_share = [self.teacher_mean]
+            if self.recorded(step):
+                if micro == 0:
+                    self.health_means.zero_()
+                temperatures = self.dino_loss.student_temp, teacher_temp
+                center = self.dino_loss.center
+                with self.autocast():
+                    means = batch_means(loss, *logits, teacher_features, center, temperatures)
+                self.health_means += means / accumulation
+                self.to_share.append(self.health_means)
+        return StepLoss(loss)
+
+    def _compare(
+        self,
+        crops: list[Tensor],
+        keys: list[Tensor] | None,
+        teacher_features: Float[Tensor, "tn d"],
+        teacher_temp: float,
+    ) -> Comparison:
+        """From the logits of all views at once."""
+        with torch.no_grad():
+            teacher_logits = self.teacher.head(teacher_features)
+        student_logits = self.model(crops, keys)
+        loss = self.dino_loss(student_logits, teacher_logits, teacher_temp)
+        n = crops[0].size(1)
+        mean = teacher_logits.mean(0, keepdim=True)
+        return Comparison(loss, mean, student_logits.split(n), teacher_logits.split(n))
+
+    def _compare_by_chunks(
+        self,
+        crops: list[Tensor],
+        keys: list[Tensor] | None,
+        teacher_features: Float[Tensor, "tn d"],
+        teacher_temp: float,
+    ) -> Comparison:
+        """The same with `prototype_chunk` prototypes at a time."""
+        with torch.no_grad():
+            teacher_vectors = self.teacher.head.unit_vectors(teacher_features)
+        student_vectors = self.model(crops, keys, unit_vectors=True)
+        layers = self.bare_model.head.last_layer, self.teacher.head.last_layer
+        loss, mean = chunked_loss(
+            student_vectors,
+            layers[0],
+            teacher_vectors,
+            layers[1],
+            self.dino_loss.center,
+            Temperatures(self.dino_loss.student_temp, teacher_temp),
+            self.config.head.prototype_chunk,
+        )
+        # For the log, which looks at one view after the other
+        vectors = (student_vectors.detach(), teacher_vectors)
+        n = crops[0].size(1)
+        logits = (map(layer, v.split(n)) for layer, v in zip(layers, vectors, strict=True))
+        return Comparison(loss, mean, *logits)
 
     def before_update(self, step: int) -> None:
         """In the first epoch(s) the prototypes stay as they are."""
@@ -140,15 +227,18 @@ class Pretraining(Task):
         if schedules.last_layer_frozen(epoch, self.config.optim.freeze_last_layer):
             freeze_last_layer(self.bare_model)
 
-    def shared_means(self) -> Float[Tensor, "1 k"]:
-        """The mean of the teacher's logits."""
-        return self.teacher_mean
+    def shared_means(self) -> Float[Tensor, " means"]:
+        """The mean of the teacher's logits; in a recorded step, too, what its health needs."""
+        return torch.cat([means.flatten() for means in self.to_share])
 
-    def after_update(self, step: int, shared: Float[Tensor, "1 k"], bad: Bool[Tensor, ""]) -> None:
+    def after_update(self, step: int, shared: Float[Tensor, " m"], bad: Bool[Tensor, ""]) -> None:
         """The teacher and the centre move, once per step whatever the accumulation."""
         momentum = self.hyperparameters(step)["momentum_teacher"]
         update_teacher(self.bare_model, self.teacher, momentum, skip=bad)
-        self.dino_loss.update_center(shared, skip=bad)
+        mean, *means = shared.split([part.numel() for part in self.to_share])
+        self.dino_loss.update_center(mean[None], skip=bad)
+        for part in means:  # zeros, not NaN: a checkpoint holds them
+            self.health_means.copy_(torch.where(bad, 0.0, part))
         if not self.config.run.sync_bn:
             distributed.all_reduce_buffers(self.modules())
 
@@ -159,6 +249,19 @@ class Pretraining(Task):
     def evaluate(self, check: Callable[[], None]) -> dict[str, float]:
         """k-NN of the teacher."""
         return self.probe(self.teacher.backbone, lambda loader: Checked(loader, check))
+
+    def health(self) -> dict[str, float]:
+        """See `diagnostics.health`."""
+        found = health(self.health_means, self.dino_loss.center, self.global_batch)
+        return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
+
+    def verdict(self, rows: list[dict]) -> Verdict:
+        """See `ssl_xcit.verdict`."""
+        return verdict(rows, self.config)
+
+    def counters(self) -> StateDict:
+        """The log's, and what the health of the last recorded step needs."""
+        return super().counters() | {"health": self.health_means}
 
     def modules(self) -> list[nn.Module]:
         """Student and teacher."""
@@ -189,14 +292,19 @@ class Pretraining(Task):
 def drop_path_keys(
     config: TrainConfig, epoch: int, indices: Int[Tensor, " n"], crops: list[Tensor]
 ) -> list[Int[Tensor, "v n"]] | None:
-    """One random stream per (sample, view), independent of rank, micro-batch and history."""
+    """One random stream per (sample, view), independent of rank, micro-batch and history.
+
+    They stay on the host, which then knows which samples to leave out of a branch's work; a
+    compiled graph leaves out none.
+    """
     if config.model.drop_path_rate == 0:
         return None
     keys, view = [], DROP_PATH_STREAM
     for crop in crops:
         numbers = range(view, view + len(crop))
         streams = [draws.stream(config.seed, epoch, indices, number) for number in numbers]
-        keys.append(torch.stack(streams).to(crop.device, non_blocking=True))
+        device = crop.device if config.run.compile else indices.device
+        keys.append(torch.stack(streams).to(device, non_blocking=True))
         view += len(crop)
     return keys
 

@@ -161,6 +161,7 @@ def test_architectures_are_those_of_the_model():
         ("probe_k", ["0"], ["1"]),
         ("probe_resize", ["0", "223"], ["224"]),
         ("probe_crop", ["0", "257"], ["256"]),
+        ("probe_limit", ["-1"], ["0"]),
         ("seed", ["-1", str(2**63)], ["0", str(2**63 - 1)]),
     ],
 )
@@ -548,8 +549,9 @@ def test_only_what_does_not_change_the_science_may_change():
     may = {
         *("out", "optim.batch_size_per_gpu", "optim.accumulation_steps"),
         *("run.device", "run.num_workers", "run.compile", "run.log_every"),
+        *("run.activation_checkpointing", "head.prototype_chunk"),
         *("run.save_every", "run.keep_last", "run.saveckp_freq"),
-        *("run.max_bad_steps", "run.stall_timeout"),
+        *("run.max_bad_steps", "run.stall_timeout", "run.tensorboard", "run.wandb"),
         *(name for name in options.leaves(TrainConfig) if name.startswith("probe.")),
     }
     assert may == RUN_KEYS_THAT_MAY_CHANGE

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from test_train import config
 from ssl_xcit import runs, train
 from ssl_xcit.errors import UserError
 from ssl_xcit.finetune import finetune
+from ssl_xcit.verdict import read_verdict
 
 
 def write(path: Path, document: dict | list[dict]) -> None:
@@ -66,7 +68,8 @@ def cells(root: Path) -> list[list[str]]:
 
 def test_a_row_says_how_far_a_run_is_and_how_good(tmp_path, squeue):
     squeue()
-    probed = [row(3, 0, 3.5, **{"probe/top1_cls": 41.0}), row(7, 1, 3.25)]
+    uniform = {"progress": 0.5, "health/teacher_entropy": math.log(65536)}
+    probed = [row(3, 0, 3.5, **{"probe/top1_cls": 41.0}), row(7, 1, 3.25, **uniform)]
     make_run(tmp_path / "r/done", 2, probed, step=8, epoch=2)
     make_run(tmp_path / "r/group/half", 4, probed, step=8, epoch=2)
     make_run(tmp_path / "r/new", 4, [])
@@ -76,11 +79,13 @@ def test_a_row_says_how_far_a_run_is_and_how_good(tmp_path, squeue):
     old = time.time() - 7300
     os.utime(tmp_path / "r/done/metrics.jsonl", (old, old))
     table = cells(tmp_path / "r")
-    assert table[0] == ["run", "state", "epoch", "steps", "loss", "k-NN", "logged"]
-    assert table[1] == ["done", "finished", "2/2", "8", "3.2500", "60.25", "2 h ago"]
+    assert table[0] == ["run", "state", "epoch", "steps", "loss", "k-NN", "logged", "verdict"]
+    said = "teacher not moving"  # by 16 steps at a momentum of 0.996
+    assert table[1] == ["done", "finished", "2/2", "8", "3.2500", "60.25", "2 h ago", said]
     assert table[2][:6] == ["group/half", "unfinished", "2/4", "8", "3.2500", "41.00"]
     assert table[3][:6] == ["nan", "unfinished", "1/4", "1", "not finite", ""]
-    assert table[4] == ["new", "not started", "", "", "", "", ""]
+    assert table[3][7] == "too early to tell"
+    assert table[4] == ["new", "not started", "", "", "", "", "", ""]
     assert cells(tmp_path / "r/done")[1][:2] == ["done", "finished"]
 
 
@@ -109,6 +114,7 @@ def test_a_real_run_and_a_real_fine_tuning_are_listed(photos, tmp_path, squeue):
     table = cells(tmp_path / "r")
     assert table[1][:5] == ["a", "finished", "1/1", "4", f"{last['train/loss']:.4f}"]
     assert table[2][:3] == ["a/eval/finetune", "finished", "1/1"]
+    assert [line[7] for line in table[1:]] == [read_verdict(out).name, ""]
 
 
 def test_a_line_that_is_being_written_is_left_out(tmp_path, squeue):

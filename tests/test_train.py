@@ -275,6 +275,12 @@ def test_two_ranks_agree_on_every_parameter_and_equal_two_micro_batches(photos, 
         if "running" in name or "num_batches" in name:
             continue  # one process updates them once per micro-batch, two share one update
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-5)
+    for row, other in zip(
+        *(read_metrics(out / "metrics.jsonl") for out in (two, one)), strict=True
+    ):
+        told = {key: value for key, value in row.items() if key.startswith("health/")}
+        assert len(told) == 10
+        assert told == pytest.approx({key: other[key] for key in told}, rel=1e-3)
     # the folder belongs to the global batch of 12: another split of it may continue
     shutil.copytree(one, tmp_path / "moved")
     train.train(config(photos, tmp_path / "moved", **settings | {"batch_size_per_gpu": 12}))
