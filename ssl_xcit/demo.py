@@ -1,9 +1,9 @@
 """The main job end to end on real images: `python -m ssl_xcit.demo [--out runs/demo] [--fresh]`.
 
 Fashion-MNIST -> two .beton files -> DINO pretraining of an xcit_nano_12_p8 -> k-NN and linear probe
--> a picture.
+-> verdict and report.
 Every stage is a command of the project, printed before it runs. A stage whose result is already in
-the folder is not repeated, so the second call only prints the table; a killed one continues.
+the folder is not repeated, so the second call only prints the end; a killed one continues.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from pathlib import Path
 from ssl_xcit.config import CONFIGS, TrainConfig, read_config
 from ssl_xcit.errors import UserError, exit_on_user_error
 from ssl_xcit.metrics import read_metrics
+from ssl_xcit.verdict import verdict
 
 ROOT = CONFIGS.parent
 TRAIN_IMAGES, TEST_IMAGES = 10_000, 2_000
@@ -25,7 +26,7 @@ LINEAR = ["--mode", "fast", "--features", "cls+patch", "--l2", "0.1", "0.01", "0
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run what is missing, then print the table."""
+    """Run what is missing, then print what came out."""
     parser = argparse.ArgumentParser(prog="python -m ssl_xcit.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="where everything goes")
     parser.add_argument("--fresh", action="store_true", help="forget the last run, train anew")
@@ -42,12 +43,12 @@ def forget(out: Path) -> None:
     shutil.rmtree(out / "run", ignore_errors=True)
     for folder in out.glob("linear_*"):
         shutil.rmtree(folder)
-    for result in (*out.glob("knn_*.json"), *out.glob("curves*.png")):
+    for result in out.glob("knn_*.json"):
         result.unlink()
 
 
 def demo(out: Path, seed: int = 0) -> None:
-    """Write the data, pretrain, evaluate, draw; skip what is there."""
+    """Write the data, pretrain, evaluate, report; skip what is there."""
     out.mkdir(parents=True, exist_ok=True)
     train, test, run = out / "fashion_train.beton", out / "fashion_test.beton", out / "run"
     for split, path, limit in (("train", train, TRAIN_IMAGES), ("test", test, TEST_IMAGES)):
@@ -73,10 +74,13 @@ def demo(out: Path, seed: int = 0) -> None:
         ]
         rows[label].append(_linear(out, train, test, name, *source))
     metrics = read_metrics(run / "metrics.jsonl")
-    picture = out / "curves.png"
-    draw_curves(metrics, rows, config, picture)
+    report = run / "report.html"
+    if not report.exists():
+        results = [*sorted(out.glob("knn_*.json")), *sorted(out.glob("linear_*"))]
+        _run("-m", "ssl_xcit.report", str(run), "--results", *map(str, results))
     print(table(rows, metrics))
-    print(f"run folder {run}\npicture    {picture}")
+    print(verdict(metrics, config).text)
+    print(f"run folder {run}\nreport     {report}")
 
 
 def table(rows: dict[str, list[float]], metrics: list[dict]) -> str:
@@ -96,41 +100,6 @@ def table(rows: dict[str, list[float]], metrics: list[dict]) -> str:
     first, last = metrics[0]["train/loss"], metrics[-1]["train/loss"]
     lines.append(f"loss {first:.2f} -> {last:.2f} in {metrics[-1]['step'] + 1} steps")
     return "\n" + "\n".join(lines)
-
-
-def draw_curves(
-    metrics: list[dict], rows: dict[str, list[float]], config: TrainConfig, path: Path
-) -> None:
-    """Loss, teacher entropy and k-NN over the steps, as a PNG."""
-    import math
-
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    log_k = math.log(config.head.out_dim)
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
-    steps = [row["step"] + 1 for row in metrics]
-    left.plot(steps, [row["train/loss"] for row in metrics])
-    left.axhline(log_k, color="grey", ls=":", label=f"ln {config.head.out_dim:,}: uniform")
-    left.set(title="loss", xlabel="step")
-    left.legend()
-    middle.plot(steps, [row["health/teacher_entropy"] / log_k for row in metrics])
-    middle.set(title="teacher entropy / ln K", xlabel="step", ylim=(0, 1.02))
-    probes = [row for row in metrics if "probe/top1_cls" in row]
-    steps = [0] + [row["step"] + 1 for row in probes]
-    for kind, label, column in (("patch", "mean of patches", 1), ("cls", "cls token", 0)):
-        untrained = rows["untrained network"][column]
-        values = [untrained] + [row[f"probe/top1_{kind}"] for row in probes]
-        right.plot(steps, values, marker="o", label=label)
-    right.axhline(rows["raw pixels"][0], color="grey", ls="--", label="raw pixels")
-    right.set(title="teacher's k-NN top-1 (%); step 0: untrained", xlabel="step")
-    right.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=120)
-    temporary.replace(path)
-    plt.close(figure)
 
 
 def _knn(out: Path, train: Path, test: Path, name: str, *source: str) -> float:

@@ -193,6 +193,10 @@ def read_flags(cls: type, argv: Sequence[str]) -> tuple[dict[str, Value], list[P
     paths: list[Path] = []
     wants_help = False
     tokens = list(argv)
+    if places := getattr(cls, "POSITIONAL", ()):  # settings that may stand first, without a name
+        words = _take(tokens, len(tokens))
+        flags |= dict(zip(places[:-1], words, strict=False))
+        flags |= {places[-1]: rest} if (rest := words[len(places) - 1 :]) else {}
     while tokens:
         token = tokens.pop(0)
         if token in ("-h", "--help"):

@@ -89,7 +89,7 @@ def draw_views(beton: Beton, recipe: Recipe, images: int, seed: int, epoch: int)
             f"{Image.MAX_IMAGE_PIXELS:,} that Pillow opens: show fewer --images"
         )
 
-    indices, views, corrupt = _first_views(beton, recipe, images, seed, epoch)
+    indices, views, corrupt = first_views(beton, recipe, images, seed, epoch)
     picture = Image.new("RGB", (width, height), PAPER)
     pen = ImageDraw.Draw(picture)
     pen.text((MARGIN, MARGIN), title, INK, font)
@@ -140,7 +140,7 @@ def _columns(recipe: Recipe, zoom: int, box: int) -> list[_Column]:
     return columns
 
 
-def _first_views(
+def first_views(
     beton: Beton, recipe: Recipe, images: int, seed: int, epoch: int
 ) -> tuple[list[int], list[list[UInt8[np.ndarray, "_h _w c"]]], set[int]]:
     """The epoch's first images: their indices, the views of each, and which are corrupt."""

@@ -15,11 +15,12 @@ SCRIPTS = [ROOT / "main_dino.py", *(ROOT / "eval").glob("*.py"), *(ROOT / "launc
 # A module imports only from rows above its own, so there are no cycles.
 ROWS = [
     ["errors"],
-    ["options", "schedules", "distributed", "draws", "model_zoo", "signals"],
-    ["config", "sync_batchnorm", "guard", "watch"],
-    ["finetune_config", "supervised_config", "plan", "submission"],
-    ["eval_config", "metrics", "xcit", "augment", "optim", "kernels", "images"],
-    ["formats"],
+    ["options", "schedules", "distributed", "draws", "products", "model_zoo", "signals"],
+    ["charts", "report_style", "prototypes"],
+    ["config", "sync_batchnorm", "guard", "watch", "report_curves", "chunked_loss"],
+    ["finetune_config", "supervised_config", "visualize_config", "plan", "submission", "verdict"],
+    ["eval_config", "metrics", "xcit", "augment", "optim", "kernels", "images", "diagnostics"],
+    ["formats", "sinks"],
     ["weights"],
     ["checkpoint", "dino", "beton"],
     ["networks"],
@@ -27,8 +28,9 @@ ROWS = [
     ["loader", "features", "flops", "training_memory"],
     ["knn", "training_cost", "run_folder", "preview", "evaluation_data", "subject"],
     ["class_order", "supervised_tables", "results", "feature_cache", "linear", "classifier"],
-    ["knn_evaluation", "linear_protocols"],
-    ["probe", "linear_evaluation"],
+    ["knn_evaluation", "linear_protocols", "visualize"],
+    ["probe", "linear_evaluation", "report_pictures"],
+    ["report_page"],
     ["task", "tensor_augment", "mixing", "weight_average", "starting_point"],
     ["run_log", "supervised", "distillation", "finetune_batch", "init_from"],
     ["saving"],
@@ -37,6 +39,7 @@ ROWS = [
     ["replay", "job"],
     ["job_folder"],
     ["slurm", "demo", "runs"],
+    ["report"],
 ]
 ROW = {module: number for number, row in enumerate(ROWS) for module in row}
 
@@ -54,21 +57,21 @@ OWNERS = {
     "numba": {"kernels", "loader"},
     "llvmlite": {"kernels"},
     "ffcv": {"kernels"},
-    "matplotlib": {"demo"},
     "onnxruntime": {"convert"},
+    "wandb": {"sinks"},
     "timm": set(),  # the tests' oracle
     "sklearn": set(),
 }
 # Usable in a notebook, testable in a line: plain arguments, no configuration.
 PLAIN = {"xcit", "dino", "augment", "optim", "schedules", "kernels", "draws", "metrics"}
-PLAIN |= {"linear", "classifier"}
+PLAIN |= {"linear", "classifier", "diagnostics", "prototypes", "chunked_loss", "products"}
 PLAIN |= {"mixing", "tensor_augment", "weight_average", "distillation"}
 CONFIGURATION = {"config", "eval_config", "finetune_config", "options"}
 # Imported by every --help, so nothing heavy.
 LIGHT = {"errors", "options", "config", "eval_config", "finetune_config"}
-LIGHT |= {"model_zoo", "supervised_config", "plan", "submission"}
-# Not in requirements.txt: who wants to export installs them, and is told to.
-OPTIONAL = {"onnxruntime"}
+LIGHT |= {"model_zoo", "supervised_config", "visualize_config", "plan", "submission", "verdict"}
+# Not in requirements.txt: who wants to export or to log there installs them, and is told to.
+OPTIONAL = {"onnxruntime", "wandb"}
 PACKAGE_OF = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "PyYAML"}
 
 
