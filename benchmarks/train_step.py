@@ -53,11 +53,12 @@ CASES = {
     "nano_12_p16": Case("xcit_nano_12_p16", 16),
     "nano_32": Case("xcit_nano_12_p8", 64, (32, 16), 3, 1024, 512, 128, 0.0),  # the demo
 }
-OURS = {  # settings of class Run
+OURS = {  # settings of class Run, and a chunk of prototypes
     "ours fp32": {},
     "ours bf16": {"precision": "bf16"},
     "ours fp32 compiled": {"compile": True},
     "ours bf16 compiled": {"precision": "bf16", "compile": True},
+    "ours bf16 chunked": {"precision": "bf16", "prototype_chunk": 8192},
     "ours bf16 checkpointed": {"precision": "bf16", "activation_checkpointing": True},
 }
 DEFAULT = ("fp32", "bf16", "ours fp32", "ours bf16")
@@ -65,7 +66,7 @@ DEFAULT = ("fp32", "bf16", "ours fp32", "ours bf16")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", nargs="+", default=["small_12_p16", "nano_32"])
+    parser.add_argument("--cases", nargs="+", default=list(CASES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=2, help="steps that are not counted")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -259,6 +260,7 @@ def settings(case: Case, run: dict, folder: Path, device: str) -> object:
             norm_last_layer=True,
             head_hidden_dim=case.hidden,
             head_bottleneck_dim=case.bottleneck,
+            prototype_chunk=case.chunk,
         ),
         loss=Loss(teacher_temp=0.04),
         optim=Optim(batch_size_per_gpu=case.batch, epochs=100, clip_grad=3.0, freeze_last_layer=0),
@@ -279,6 +281,8 @@ def ours(case: Case, run: dict, device: str) -> object:
     from ssl_xcit.guard import BatchStatistics
     from ssl_xcit.train import Pretraining
 
+    case = case._replace(chunk=run.get("prototype_chunk", case.chunk))
+    run = {name: value for name, value in run.items() if name != "prototype_chunk"}
     with tempfile.TemporaryDirectory() as folder:
         config = settings(case, run, Path(folder), device)
         images = Path(folder) / "images" / "noise"

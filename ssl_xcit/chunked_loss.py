@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from ssl_xcit.products import linear
-from ssl_xcit.prototypes import WeightNormLinear, compute_dtype
+from ssl_xcit.products import compute_dtype, linear
+from ssl_xcit.prototypes import WeightNormLinear
 
 
 class Temperatures(NamedTuple):

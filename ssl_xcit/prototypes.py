@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ssl_xcit.products import linear
+from ssl_xcit.products import compute_dtype, linear
 
 
 class WeightNormLinear(nn.Module):
@@ -42,12 +42,6 @@ class WeightNormLinear(nn.Module):
         if self.frozen and not torch.distributed.is_initialized():
             return tuple(weight.detach() for weight in weights)
         return weights
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """What autocast multiplies in, where it is on; else the type of `x`."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class _Logits(torch.autograd.Function):

@@ -90,7 +90,7 @@ RUNNING = [
     Curve(
         "Time of the probe",
         "Share of the run's time that its evaluations took.",
-        {"speed/probe_share": ""},
+        {"speed/evaluation_share": ""},
         percent=True,
     ),
     Curve("Peak memory", "GiB, of the GPU or of the process.", {"memory/peak_gib": ""}),

@@ -120,9 +120,7 @@ def _forward(backbone: XCiT, views: int, side: int, head: int) -> tuple[int, int
 def _repeated(backbone: XCiT, side: int) -> int:
     """Multiply-adds for one view of what activation checkpointing computes a second time."""
     per_view = count_operations(backbone, side, side, conventional=False).multiply_adds
-    patches = (-(-side // backbone.patch_size)) ** 2
-    last = len(backbone.blocks) * patches * backbone.blocks[0].mlp.fc2.weight.numel()
-    return per_view - position_projection(backbone, side, side) - last
+    return per_view - position_projection(backbone, side, side)
 
 
 def print_plan(config: PlanConfig) -> None:

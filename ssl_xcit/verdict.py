@@ -230,15 +230,16 @@ def _uniform(figures: Figures, config: TrainConfig) -> Verdict | None:
             ),
         )
     loss = config.loss
-    if loss.teacher_temp >= loss.student_temp:
+    warm = loss.warmup_teacher_temp > loss.teacher_temp
+    temperature = max(loss.warmup_teacher_temp, loss.teacher_temp)
+    advice = f"--loss.{'warmup_' if warm else ''}teacher_temp 0.04"
+    if temperature >= loss.student_temp:
         cause = (
-            f"no sharpening: the teacher's temperature ({loss.teacher_temp:g}) is not below the "
+            f"no sharpening: the teacher's temperature ({temperature:g}) is not below the "
             f"student's ({loss.student_temp:g})"
         )
-        advice = "--loss.teacher_temp 0.04"
-    elif loss.teacher_temp > 0.04:
-        cause = f"too little sharpening by a teacher's temperature of {loss.teacher_temp:g}"
-        advice = "--loss.teacher_temp 0.04"
+    elif temperature > 0.04:
+        cause = f"too little sharpening by a teacher's temperature of {temperature:g}"
     elif not config.head.norm_last_layer:
         cause, advice = "prototypes with free norms are unstable", "--head.norm_last_layer true"
     else:

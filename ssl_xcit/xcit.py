@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ssl_xcit.draws import uniform
 from ssl_xcit.errors import UserError
-from ssl_xcit.products import Linear, linear
+from ssl_xcit.products import Linear, gelu_linear, linear
 
 
 class Variant(NamedTuple):
@@ -160,19 +160,20 @@ class MLP(nn.Module):
     def forward(
         self, x: Float[Tensor, "... d"], gain: Float[Tensor, " d"] | None = None
     ) -> Float[Tensor, "... d"]:
-        return scaled_linear(self.fc2, F.gelu(self.fc1(x)), gain)
+        weight, bias = scaled_weights(self.fc2, gain)
+        return gelu_linear(self.fc1(x), weight, bias)
 
 
-def scaled_linear(
-    layer: nn.Linear, x: Float[Tensor, "... c"], gain: Float[Tensor, " d"] | None
-) -> Float[Tensor, "... d"]:
-    """gain * layer(x) = (gain W) x + gain b: LayerScale without a pass over the tokens.
+def scaled_weights(
+    layer: nn.Linear, gain: Float[Tensor, " d"] | None
+) -> tuple[Float[Tensor, "d c"], Float[Tensor, " d"]]:
+    """gain W and gain b: gain * layer(x) = (gain W) x + gain b spares LayerScale a token pass.
 
     Nor has the backward pass any, or a copy of the unscaled tokens to keep for the gain's gradient.
     """
     if gain is None:
-        return layer(x)
-    return linear(x, gain[:, None] * layer.weight, gain * layer.bias)
+        return layer.weight, layer.bias
+    return gain[:, None] * layer.weight, gain * layer.bias
 
 
 def inverse_lengths(x: Float[Tensor, "*s n e"]) -> Float[Tensor, "*s e"]:
@@ -294,7 +295,7 @@ class XCA(nn.Module):
             mixed = _Attend.apply(qkv, self.temperature)
         else:
             mixed = _join_heads(attend(_pack(qkv), self.temperature)[0])
-        return scaled_linear(self.proj, mixed, gain)
+        return linear(mixed, *scaled_weights(self.proj, gain))
 
 
 class LPI(nn.Module):
@@ -322,7 +323,7 @@ def _depthwise(
     x: Float[Tensor, "b d rows columns"],
     gain: Float[Tensor, " d"] | None = None,
 ) -> Float[Tensor, "b d rows columns"]:
-    """gain * conv(x), see `scaled_linear`."""
+    """gain * conv(x), see `scaled_weights`."""
     # The weight's way through two dimensions gives its gradient the weight's own strides. Straight
     # from a channels_last convolution they would be (9, 1, 3, 1), which DistributedDataParallel
     # warns of and copies, and which the optimisers' multi-tensor kernels do not take.

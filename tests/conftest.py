@@ -1,11 +1,13 @@
 """Fixtures that several test files share: real images for every user."""
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from torch.utils.flop_counter import register_flop_formula
 
 from ssl_xcit.beton import write_beton
 
@@ -14,6 +16,12 @@ SIDE = 96  # pixels of a tile
 # The tests' tensors are tiny: a second thread costs more than it brings, and far more where other
 # processes want the cores. One thread also makes sums the same everywhere.
 torch.set_num_threads(1)
+
+
+@register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+def linear_flops(x_shape, weight_shape, *_, out_shape=None, **__) -> int:
+    """For torch's own counter, which does not know the operator of `ssl_xcit.products`."""
+    return 2 * math.prod(x_shape) * weight_shape[0]
 
 
 def photo_tiles(folder: Path, per_class: int) -> Path:

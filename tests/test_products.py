@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssl_xcit.products import Linear, linear
+from ssl_xcit.products import Linear, gelu_linear, linear
 
 needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this torch was built without oneDNN"
@@ -86,11 +86,30 @@ def test_float32_on_a_cpu_goes_to_onednn_and_everything_else_to_torch():
     assert "mkldnn" in operators(x, weight)
     for other in (x.double(), x.bfloat16(), x[:0]):
         assert "mkldnn" not in operators(other, weight.to(other.dtype))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.float16):
         assert "mkldnn" not in operators(x, weight)
-        assert linear(x, weight).dtype == torch.bfloat16
+        assert linear(x, weight).dtype == torch.float16
     meta = x.to("meta"), weight.to("meta")
     assert "mkldnn" not in operators(*meta)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_under_bfloat16_autocast_the_numbers_are_rounded_as_by_torch(with_bias):
+    torch.manual_seed(0)
+    inputs = [torch.randn(3, 5, 64), torch.randn(11, 64), torch.randn(11)][: 2 + with_bias]
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    rounded = [tensor.detach().bfloat16().double().requires_grad_() for tensor in inputs]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = linear(*inputs)
+    expected = F.linear(*rounded)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), expected, rtol=2**-8, atol=1e-5)
+    grad = torch.randn(out.shape).bfloat16()
+    out.backward(grad)
+    expected.backward(grad.double())
+    for ours, theirs in zip(inputs, rounded, strict=True):
+        assert ours.grad.dtype == torch.float32
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=2**-8, atol=1e-2)
 
 
 @needs_onednn
@@ -113,3 +132,35 @@ def test_a_layer_is_torchs_layer_in_all_but_the_library():
         assert a.shape == b.shape
     x = torch.randn(4, 7)
     torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_gelu_and_product_in_one_have_the_gradients_of_both(low):
+    torch.manual_seed(0)
+    inputs = [torch.randn(3, 5, 16), torch.randn(11, 16), torch.randn(11)]
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        out = gelu_linear(*inputs)
+        expected = F.linear(F.gelu(inputs[0].bfloat16() if low else inputs[0]), *inputs[1:])
+    assert out.dtype == expected.dtype
+    torch.testing.assert_close(out, expected, rtol=2**-7 if low else 1e-5, atol=1e-5)
+    grad = torch.randn(out.shape).to(out.dtype)
+    found, theirs = (torch.autograd.grad(y, inputs, grad) for y in (out, expected))
+    for a, b in zip(found, theirs, strict=True):
+        assert a.dtype == torch.float32
+        assert (a - b).norm() <= (0.01 if low else 1e-6) * b.norm()
+
+
+def test_the_gradient_of_gelu_and_product_is_exact():
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 3, 4), torch.randn(5, 4), torch.randn(5)]
+    inputs = [tensor.double().requires_grad_() for tensor in inputs]
+    assert torch.autograd.gradcheck(gelu_linear, inputs)
+
+
+def test_the_output_of_gelu_is_not_kept():
+    kept = []
+    x, layer = torch.randn(4, 7, requires_grad=True), Linear(7, 3)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        gelu_linear(x, layer.weight, layer.bias)
+    assert {tensor.data_ptr() for tensor in kept} == {x.data_ptr(), layer.weight.data_ptr()}

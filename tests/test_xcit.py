@@ -538,6 +538,7 @@ def test_compiling_breaks_no_graph_and_changes_nothing_at_two_sizes(monkeypatch)
     plain.uniform = without_shape_checks(draws, monkeypatch).uniform
     plain.Linear = without_shape_checks(products, monkeypatch).Linear
     plain.linear = sys.modules[plain.Linear.__module__].linear
+    plain.gelu_linear = sys.modules[plain.Linear.__module__].gelu_linear
     model = micro(depth=1, drop_path_rate=0.3).train()
     monkeypatch.setattr(sys.modules[__name__], "XCiT", plain.XCiT)
     twin = micro(randomised=False, depth=1, drop_path_rate=0.3).train()
@@ -560,6 +561,7 @@ def test_compiled_parts_give_the_same_numbers_from_as_many_graphs_as_there_are_k
     plain.uniform = without_shape_checks(draws, monkeypatch).uniform
     plain.Linear = without_shape_checks(products, monkeypatch).Linear
     plain.linear = sys.modules[plain.Linear.__module__].linear
+    plain.gelu_linear = sys.modules[plain.Linear.__module__].gelu_linear
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = {
         kind: torch.compile(kind.forward, dynamic=False, fullgraph=True, backend=counter)
@@ -873,6 +875,7 @@ def test_a_compiled_checkpointed_model_moves_running_statistics_once(monkeypatch
     plain.uniform = without_shape_checks(draws, monkeypatch).uniform
     plain.Linear = without_shape_checks(products, monkeypatch).Linear
     plain.linear = sys.modules[plain.Linear.__module__].linear
+    plain.gelu_linear = sys.modules[plain.Linear.__module__].gelu_linear
     models = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
