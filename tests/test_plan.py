@@ -30,7 +30,7 @@ from ssl_xcit.xcit import build_xcit
 
 SMALL = PlanConfig(
     "xcit_nano_12_p16",
-    crops=Crops(global_crops_size=64, local_crops_size=32, local_crops_number=3),
+    crops=Crops(global_crops_size=64, local_crops_size=48, local_crops_number=3),
     head=Head(out_dim=512, head_hidden_dim=64, head_bottleneck_dim=32),
     optim=Optim(batch_size_per_gpu=2, epochs=3),
     run=Run(precision="fp32", device="cpu"),
@@ -166,7 +166,7 @@ def test_what_stays_is_counted_by_hand(memory):
     # moments in float32, and AdamW's count of steps for each of its tensors
     assert 0 <= memory.optimizer - 2 * 4 * trained < 4 * 1000
     assert memory.centre == 4 * 512
-    assert memory.images == 4 * 2 * 3 * (2 * 64**2 + 3 * 32**2)
+    assert memory.images == 4 * 2 * 3 * (2 * 64**2 + 3 * 48**2)
     assert memory.gradients == 0
     assert 4 * trained <= memory.update < 4 * trained + 100_000  # and the norms of clipping
 

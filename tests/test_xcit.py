@@ -381,6 +381,20 @@ def test_lpi_equals_a_loop_over_the_neighbours_on_a_grid_that_is_not_square():
         assert gap(layer(x, (rows, columns))[0], image.flatten(1).T) < 1e-12
 
 
+@pytest.mark.parametrize("grid", [(1, 1), (1, 4), (2, 2), (5, 2)])
+def test_lpi_on_grids_smaller_than_its_kernel_has_the_same_gradients(grid):
+    layer = LPI(3).double().train()
+    x = torch.randn(5, grid[0] * grid[1], 3, dtype=torch.float64, requires_grad=True)
+    image = x.transpose(1, 2).unflatten(2, grid)
+    expected = layer.conv2(layer.bn(nn.functional.gelu(layer.conv1(image))))
+    out, weights = layer(x, grid), torch.randn(x.shape, dtype=torch.float64)
+    inputs = x, layer.conv1.weight, layer.conv1.bias, layer.conv2.weight, layer.conv2.bias
+    theirs = torch.autograd.grad(expected.flatten(2).transpose(1, 2), inputs, weights)
+    assert gap(out, expected.flatten(2).transpose(1, 2).detach()) < 1e-12
+    for ours, other in zip(torch.autograd.grad(out, inputs, weights), theirs, strict=True):
+        assert gap(ours, other) < 1e-10
+
+
 def test_class_attention_equals_projecting_every_token_to_keys_and_values():
     d, heads, n = 12, 3, 7
     layer = ClassAttention(d, heads).double()
