@@ -172,9 +172,9 @@ def serve(args: argparse.Namespace) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     if program.startswith("ours"):
-        from ssl_xcit.config import use_huge_pages
+        from ssl_xcit.config import tune_allocator
 
-        use_huge_pages()
+        tune_allocator()
     import torch
 
     torch.manual_seed(0)
@@ -287,7 +287,8 @@ def ours(case: Case, run: dict, device: str) -> object:
         config = settings(case, run, Path(folder), device)
         images = Path(folder) / "images" / "noise"
         images.mkdir(parents=True)
-        for i in range(case.batch):  # Pretraining wants a dataset; its images are not looked at
+        images_of_all = case.batch * int(os.environ.get("WORLD_SIZE", "1"))
+        for i in range(images_of_all):  # Pretraining wants a dataset; they are not looked at
             Image.new("RGB", (8, 8)).save(images / f"{i}.png")
         write_beton(images.parent, config.data, progress=False)
         task = Pretraining(config, distributed.setup(device))

@@ -229,7 +229,10 @@ class _Attend(torch.autograd.Function):
     L_ij = T G_ij / (|q_i| |k_j|), their gradient dL, and dG_ij = T dL_ij / (|q_i| |k_j|):
 
         dT   = sum_ij dG_ij G_ij / T
-        dq_i = sum_j dG_ij k_j - q_i / |q_i|^2 sum_j dG_ij G_ij,   dk_j likewise
+        dq_i = u_i - q_i / |q_i|^2 sum_j dG_ij G_ij,   u_i = sum_j dG_ij k_j,   dk_j likewise
+
+    The sum over j is q_i u_i, too, which is the shorter way where there are fewer tokens than
+    channels, and needs no G.
     """
 
     @staticmethod
@@ -237,8 +240,10 @@ class _Attend(torch.autograd.Function):
         ctx, qkv: Float[Tensor, "b n 3 heads e"], temperature: Float[Tensor, "heads 1 1"]
     ) -> Float[Tensor, "b n d"]:
         packed = _pack(qkv)
-        out, *others = attend(packed, temperature)
-        ctx.save_for_backward(packed, temperature, *others)
+        out, inverse, product, attention = attend(packed, temperature)
+        few = packed.shape[3] < packed.shape[4]
+        kept = None if few else product
+        ctx.save_for_backward(packed, temperature, inverse, kept, attention)
         return _join_heads(out)
 
     @staticmethod
@@ -257,12 +262,18 @@ class _Attend(torch.autograd.Function):
         d_logits = torch._softmax_backward_data(d_attention, attention, -1, attention.dtype)
         row, column = temperature * inverse[0, ..., None], inverse[1, ..., None, :]
         d_product = d_logits.mul_(row).mul_(column)
-        shares = d_product * product
-        of_q, of_k = shares.sum(dim=3), shares.sum(dim=2)  # (b, heads, e)
-        d_product = d_product.to(q.dtype)
+        rounded = d_product.to(q.dtype)
+        u_q, u_k = k @ rounded.mT, q @ rounded
+        if product is None:
+            precise = inverse.dtype
+            of_q = (q * u_q).sum(dim=2, dtype=precise)
+            of_k = (k * u_k).sum(dim=2, dtype=precise)
+        else:
+            shares = d_product * product
+            of_q, of_k = shares.sum(dim=3), shares.sum(dim=2)  # (b, heads, e)
         shrink_q, shrink_k = (torch.stack((of_q, of_k)) * -inverse.square()).to(q.dtype)
-        torch.addcmul(k @ d_product.mT, q, shrink_q[:, :, None], out=d_q)
-        torch.addcmul(q @ d_product, k, shrink_k[:, :, None], out=d_k)
+        torch.addcmul(u_q, q, shrink_q[:, :, None], out=d_q)
+        torch.addcmul(u_k, k, shrink_k[:, :, None], out=d_k)
         return d_qkv, of_q.sum(dim=(0, 2))[:, None, None] / temperature
 
 
