@@ -9,7 +9,6 @@ so that weights go back and forth with `strict=True`.
 tests/test_train_step.py holds ssl_xcit's step against it, benchmarks/train_step.py times both.
 """
 
-import copy
 import math
 
 import torch
@@ -344,7 +343,3 @@ class ReferenceStep:
             mean = teacher_logits.sum(0, keepdim=True) / len(teacher_logits)
             self.center = self.center * 0.9 + mean.to(self.center.dtype) * 0.1
         return total / terms
-
-    def copy(self) -> "ReferenceStep":
-        """An independent twin."""
-        return copy.deepcopy(self)

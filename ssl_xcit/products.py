@@ -74,13 +74,7 @@ class _OneDnnLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Float[Tensor, "... d"]) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
-        rows = grad.flatten(0, -2)
-        # torch gives bfloat16 to oneDNN, and in these layouts its own way is the quicker one
-        product = _product if grad.dtype == torch.float32 else F.linear
-        d_x = product(grad, weight.t()) if wanted[0] else None
-        d_weight = product(rows.t(), x.flatten(0, -2).t()) if wanted[1] else None
-        return d_x, d_weight, rows.sum(dim=0) if wanted[2] else None
+        return _gradients(grad, x, weight, ctx.needs_input_grad)
 
 
 def gelu_linear(
@@ -117,12 +111,24 @@ class _GeluLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Float[Tensor, "... d"]) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
-        rows = grad.flatten(0, -2)
-        product = linear if grad.dtype == torch.float32 else F.linear
-        d_weight = product(rows.t(), F.gelu(x).flatten(0, -2).t()) if wanted[1] else None
-        d_x = torch.ops.aten.gelu_backward(product(grad, weight.t()), x) if wanted[0] else None
-        return d_x, d_weight, rows.sum(dim=0) if wanted[2] else None
+        d_gelu, *others = _gradients(grad, F.gelu(x), weight, ctx.needs_input_grad)
+        d_x = None if d_gelu is None else torch.ops.aten.gelu_backward(d_gelu, x)
+        return d_x, *others
+
+
+def _gradients(
+    grad: Float[Tensor, "... d"],
+    x: Float[Tensor, "... c"],
+    weight: Float[Tensor, "d c"],
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Of x, weight and bias of a linear layer, as far as `wanted`; without a graph of their own."""
+    rows = grad.flatten(0, -2)
+    # torch gives bfloat16 to oneDNN, and in these layouts its own way is the quicker one
+    product = linear if grad.dtype == torch.float32 else F.linear
+    d_x = product(grad, weight.t()) if wanted[0] else None
+    d_weight = product(rows.t(), x.flatten(0, -2).t()) if wanted[1] else None
+    return d_x, d_weight, rows.sum(dim=0) if wanted[2] else None
 
 
 def _product(

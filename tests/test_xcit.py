@@ -547,12 +547,18 @@ def without_shape_checks(module, monkeypatch):
     return plain
 
 
-def test_compiling_breaks_no_graph_and_changes_nothing_at_two_sizes(monkeypatch):
+def plain_xcit(monkeypatch):
+    """The module xcit, and what it imports from others, without the checks."""
     plain = without_shape_checks(xcit, monkeypatch)
     plain.uniform = without_shape_checks(draws, monkeypatch).uniform
-    plain.Linear = without_shape_checks(products, monkeypatch).Linear
-    plain.linear = sys.modules[plain.Linear.__module__].linear
-    plain.gelu_linear = sys.modules[plain.Linear.__module__].gelu_linear
+    of_products = without_shape_checks(products, monkeypatch)
+    for name in ("Linear", "linear", "gelu_linear"):
+        setattr(plain, name, getattr(of_products, name))
+    return plain
+
+
+def test_compiling_breaks_no_graph_and_changes_nothing_at_two_sizes(monkeypatch):
+    plain = plain_xcit(monkeypatch)
     model = micro(depth=1, drop_path_rate=0.3).train()
     monkeypatch.setattr(sys.modules[__name__], "XCiT", plain.XCiT)
     twin = micro(randomised=False, depth=1, drop_path_rate=0.3).train()
@@ -571,11 +577,7 @@ def test_compiling_breaks_no_graph_and_changes_nothing_at_two_sizes(monkeypatch)
 def test_compiled_parts_give_the_same_numbers_from_as_many_graphs_as_there_are_kinds(
     monkeypatch, checkpointing
 ):
-    plain = without_shape_checks(xcit, monkeypatch)
-    plain.uniform = without_shape_checks(draws, monkeypatch).uniform
-    plain.Linear = without_shape_checks(products, monkeypatch).Linear
-    plain.linear = sys.modules[plain.Linear.__module__].linear
-    plain.gelu_linear = sys.modules[plain.Linear.__module__].gelu_linear
+    plain = plain_xcit(monkeypatch)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = {
         kind: torch.compile(kind.forward, dynamic=False, fullgraph=True, backend=counter)
@@ -885,11 +887,7 @@ def test_checkpointing_runs_without_gradients_and_without_keys():
 
 
 def test_a_compiled_checkpointed_model_moves_running_statistics_once(monkeypatch):
-    plain = without_shape_checks(xcit, monkeypatch)
-    plain.uniform = without_shape_checks(draws, monkeypatch).uniform
-    plain.Linear = without_shape_checks(products, monkeypatch).Linear
-    plain.linear = sys.modules[plain.Linear.__module__].linear
-    plain.gelu_linear = sys.modules[plain.Linear.__module__].gelu_linear
+    plain = plain_xcit(monkeypatch)
     models = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
