@@ -78,21 +78,19 @@ class MultiCropWrapper(nn.Module):
     ) -> Float[Tensor, "m k"]:
         """Logits of all views, view by view: the n samples of view 0, then those of view 1, ...
 
-        Each entry of `crops` holds the views of one resolution and gets one pass through the
-        backbone; the head sees all of them at once. An entry without views (no local crops) is
-        skipped. `keys` are the random streams of the samples' drop path, one per view and sample;
-        without them the backbone draws from torch's generator. With `unit_vectors` the head stops
-        before its prototypes.
+        Each entry of `crops` holds the views of one resolution. The backbone gets all of them in
+        one call, as a list of batches of images, and the head sees all views at once. An entry
+        without views (no local crops) is skipped. `keys` are the random streams of the samples'
+        drop path, one per view and sample; without them the backbone draws from torch's generator.
+        With `unit_vectors` the head stops before its prototypes.
         """
-        features = []
-        for entry, views in enumerate(crops):
-            if len(views) == 0:
-                continue  # BatchNorm refuses an empty batch
-            images = views.flatten(0, 1)  # (v n, c, h, w)
-            extra = {} if keys is None else {"keys": keys[entry].flatten()}
-            features.append(self.backbone(images, **extra))
+        images = [views.flatten(0, 1) for views in crops if len(views)]  # (v n, c, h, w)
+        extra = {}
+        if keys is not None:
+            pairs = zip(crops, keys, strict=True)
+            extra = {"keys": [streams.flatten() for views, streams in pairs if len(views)]}
         head = self.head.unit_vectors if unit_vectors else self.head
-        return head(torch.cat(features))
+        return head(self.backbone(images, **extra))
 
 
 class DINOLoss(nn.Module):

@@ -24,20 +24,50 @@ class Linear(nn.Linear):
 
 
 def linear(
-    x: Float[Tensor, "... c"], weight: Float[Tensor, "d c"], bias: Float[Tensor, " d"] | None = None
+    x: Float[Tensor, "... c"],
+    weight: Float[Tensor, "d c"],
+    bias: Float[Tensor, " d"] | None = None,
+    gain: Float[Tensor, " d"] | None = None,
 ) -> Float[Tensor, "... d"]:
-    """x W^T + b: torch's own `linear`, or on a CPU oneDNN's, in float32 or bfloat16 autocast.
+    """gain (x W^T + b), by torch's `linear` or on a CPU (float32, bfloat16 autocast) by oneDNN's.
 
-    Autocast rounds the same numbers as before torch's.
+    Autocast rounds the same numbers as before torch's. LayerScale's `gain` is multiplied into W and
+    b, and spares the tokens a pass; nor has the backward pass any, or a copy of the unscaled tokens
+    to keep for the gain's gradient.
     """
     if not _is_for_onednn(x, weight):
-        return F.linear(x, weight, bias)
-    if torch.is_autocast_enabled("cpu"):
-        x, weight = x.bfloat16(), weight.bfloat16()
-        bias = None if bias is None else bias.bfloat16()
+        return F.linear(x, *scaled_weights(weight, bias, gain))
     if torch.is_grad_enabled():
-        return _OneDnnLinear.apply(x, weight, bias)
-    return _product(x, weight, bias)
+        return _OneDnnLinear.apply(x, weight, bias, gain, compute_dtype(x))
+    low = compute_dtype(x)
+    return _product(x.to(low), *_to(low, *scaled_weights(weight, bias, gain)))
+
+
+def gelu_linear(
+    x: Float[Tensor, "... c"],
+    weight: Float[Tensor, "d c"],
+    bias: Float[Tensor, " d"],
+    gain: Float[Tensor, " d"] | None = None,
+) -> Float[Tensor, "... d"]:
+    """linear(gelu(x)), of which the gradient keeps x alone and makes gelu(x) anew.
+
+    That is a sixth of a network's activations for a few percent of its time.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return linear(F.gelu(x), weight, bias, gain)
+    return _GeluLinear.apply(x.to(compute_dtype(x)), weight, bias, gain)
+
+
+def scaled_weights(
+    weight: Float[Tensor, "d *rest"],
+    bias: Float[Tensor, " d"] | None,
+    gain: Float[Tensor, " d"] | None,
+) -> tuple[Float[Tensor, "d *rest"], Float[Tensor, " d"] | None]:
+    """gain W and gain b, of a layer without a gain W and b."""
+    if gain is None:
+        return weight, bias
+    by_row = gain.view(-1, *[1] * (weight.ndim - 1))
+    return by_row * weight, None if bias is None else gain * bias
 
 
 def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -57,39 +87,6 @@ def _has_bfloat16() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-class _OneDnnLinear(torch.autograd.Function):
-    """The operator with the gradient that it lacks: dx = dy W, dW = dy^T x, db = sum dy."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        x: Float[Tensor, "... c"],
-        weight: Float[Tensor, "d c"],
-        bias: Float[Tensor, " d"] | None,
-    ) -> Float[Tensor, "... d"]:
-        ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Float[Tensor, "... d"]) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        return _gradients(grad, x, weight, ctx.needs_input_grad)
-
-
-def gelu_linear(
-    x: Float[Tensor, "... c"], weight: Float[Tensor, "d c"], bias: Float[Tensor, " d"]
-) -> Float[Tensor, "... d"]:
-    """linear(gelu(x)), of which the gradient keeps x alone and makes gelu(x) anew.
-
-    That is a sixth of a network's activations for a few percent of its time.
-    """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return linear(F.gelu(x), weight, bias)
-    low = compute_dtype(x)
-    return _GeluLinear.apply(x.to(low), weight.to(low), bias.to(low))
-
-
 def compute_dtype(x: Tensor) -> torch.dtype:
     """What autocast multiplies in, where it is on; else the type of `x`."""
     device = x.device.type
@@ -97,21 +94,49 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if on else x.dtype
 
 
+class _OneDnnLinear(torch.autograd.Function):
+    """The operator with the gradient that it lacks, and with what autocast does to its inputs."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Float[Tensor, "... c"],
+        weight: Float[Tensor, "d c"],
+        bias: Float[Tensor, " d"] | None,
+        gain: Float[Tensor, " d"] | None,
+        low: torch.dtype,
+    ) -> Float[Tensor, "... d"]:
+        x = x.to(low)
+        used, used_bias = _to(low, *scaled_weights(weight, bias, gain))
+        ctx.save_for_backward(x, used, weight, bias, gain)
+        return _product(x, used, used_bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Float[Tensor, "... d"]) -> tuple[Tensor | None, ...]:
+        return *_gradients(grad, *ctx.saved_tensors, ctx.needs_input_grad), None
+
+
 class _GeluLinear(torch.autograd.Function):
     """Exact GELU, then the product."""
 
     @staticmethod
     def forward(
-        ctx, x: Float[Tensor, "... c"], weight: Float[Tensor, "d c"], bias: Float[Tensor, " d"]
+        ctx,
+        x: Float[Tensor, "... c"],
+        weight: Float[Tensor, "d c"],
+        bias: Float[Tensor, " d"],
+        gain: Float[Tensor, " d"] | None,
     ) -> Float[Tensor, "... d"]:
-        ctx.save_for_backward(x, weight)
-        return linear(F.gelu(x), weight, bias)
+        used, used_bias = _to(x.dtype, *scaled_weights(weight, bias, gain))
+        ctx.save_for_backward(x, used, weight, bias, gain)
+        return linear(F.gelu(x), used, used_bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Float[Tensor, "... d"]) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        d_gelu, *others = _gradients(grad, F.gelu(x), weight, ctx.needs_input_grad)
+        x, *weights = ctx.saved_tensors
+        d_gelu, *others = _gradients(grad, F.gelu(x), *weights, ctx.needs_input_grad)
         d_x = None if d_gelu is None else torch.ops.aten.gelu_backward(d_gelu, x)
         return d_x, *others
 
@@ -119,16 +144,37 @@ class _GeluLinear(torch.autograd.Function):
 def _gradients(
     grad: Float[Tensor, "... d"],
     x: Float[Tensor, "... c"],
+    used: Float[Tensor, "d c"],
     weight: Float[Tensor, "d c"],
+    bias: Float[Tensor, " d"] | None,
+    gain: Float[Tensor, " d"] | None,
     wanted: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """Of x, weight and bias of a linear layer, as far as `wanted`; without a graph of their own."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Of x, weight, bias and gain as far as `wanted`; `used` is the scaled and rounded weight.
+
+    dx = dy U, dU = dy^T x, dW = gain dU, dgain = sum_c dU W + db_scaled b; likewise for b.
+    """
     rows = grad.flatten(0, -2)
     # torch gives bfloat16 to oneDNN, and in these layouts its own way is the quicker one
     product = linear if grad.dtype == torch.float32 else F.linear
-    d_x = product(grad, weight.t()) if wanted[0] else None
-    d_weight = product(rows.t(), x.flatten(0, -2).t()) if wanted[1] else None
-    return d_x, d_weight, rows.sum(dim=0) if wanted[2] else None
+    d_x = product(grad, used.t()) if wanted[0] else None
+    d_weight = d_bias = d_gain = None
+    if wanted[1] or wanted[3]:
+        d_weight = product(rows.t(), x.flatten(0, -2).t()).to(weight.dtype)
+    if bias is not None and (wanted[2] or wanted[3]):
+        d_bias = rows.sum(dim=0).to(bias.dtype)
+    if gain is not None:
+        if wanted[3]:
+            d_gain = (d_weight * weight).sum(dim=1)
+            d_gain = d_gain if bias is None else d_gain.addcmul_(d_bias, bias)
+        d_weight, d_bias = scaled_weights(d_weight, d_bias, gain)
+    return d_x, d_weight, d_bias, d_gain
+
+
+def _to(
+    dtype: torch.dtype, weight: Float[Tensor, "d c"], bias: Float[Tensor, " d"] | None
+) -> tuple[Float[Tensor, "d c"], Float[Tensor, " d"] | None]:
+    return weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _product(

@@ -17,7 +17,7 @@ import difflib
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -25,12 +25,15 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ssl_xcit.draws import uniform
+from ssl_xcit.drop_path import Kept, add_branch
 from ssl_xcit.errors import UserError
-from ssl_xcit.products import Linear, gelu_linear, linear
+from ssl_xcit.lpi import LPI
+from ssl_xcit.products import Linear, gelu_linear
+from ssl_xcit.tokens import Grid, join_tokens, split_tokens
+from ssl_xcit.xca import XCA
 
 
 class Variant(NamedTuple):
@@ -160,222 +163,7 @@ class MLP(nn.Module):
     def forward(
         self, x: Float[Tensor, "... d"], gain: Float[Tensor, " d"] | None = None
     ) -> Float[Tensor, "... d"]:
-        weight, bias = scaled_weights(self.fc2, gain)
-        return gelu_linear(self.fc1(x), weight, bias)
-
-
-def scaled_weights(
-    layer: nn.Linear, gain: Float[Tensor, " d"] | None
-) -> tuple[Float[Tensor, "d c"], Float[Tensor, " d"]]:
-    """gain W and gain b: gain * layer(x) = (gain W) x + gain b spares LayerScale a token pass.
-
-    Nor has the backward pass any, or a copy of the unscaled tokens to keep for the gain's gradient.
-    """
-    if gain is None:
-        return layer.weight, layer.bias
-    return gain[:, None] * layer.weight, gain * layer.bias
-
-
-def inverse_lengths(x: Float[Tensor, "*s n e"]) -> Float[Tensor, "*s e"]:
-    """1 / length of each channel over the n tokens, at most 1e12; in float32 or more."""
-    precise = torch.promote_types(x.dtype, torch.float32)
-    if x.is_cuda or torch.compiler.is_compiling():
-        lengths = torch.linalg.vector_norm(x, dim=-2, dtype=precise)
-    else:  # on a CPU vector_norm is ten times slower than this where the tokens are not last
-        squares = x.square() if x.dtype == precise else x.to(precise).square_()
-        lengths = squares.sum(dim=-2).sqrt()
-    return lengths.clamp_min(1e-12).reciprocal()
-
-
-def cross_covariance(
-    product: Float[Tensor, "b heads e e"],
-    inverse: Float[Tensor, "2 b heads e"],
-    temperature: Float[Tensor, "heads 1 1"],
-) -> Float[Tensor, "b heads e e"]:
-    """softmax(q_hat^T k_hat * temperature), from q^T k and the inverse lengths of q and k.
-
-    Equation 3 of the paper (its tau is 1 / temperature), with the division after the product, which
-    spares the normalised copies of q and k. Lengths, division and softmax are float32 even when q
-    and k are bfloat16 (autocast), and float64 when they are float64.
-    """
-    logits = product * (temperature * inverse[0, ..., None]) * inverse[1, ..., None, :]
-    return logits.softmax(dim=-1)
-
-
-def attend(
-    packed: Float[Tensor, "3 b heads n e"], temperature: Float[Tensor, "heads 1 1"]
-) -> tuple[
-    Float[Tensor, "b heads n e"],
-    Float[Tensor, "2 b heads e"],
-    Float[Tensor, "b heads e e"],
-    Float[Tensor, "b heads e e"],
-]:
-    """v, its channels mixed by cross-covariance attention, and what the gradient needs beside it.
-
-    That is the inverse lengths of q and k, q^T k and the attention.
-    """
-    q, k, v = packed.unbind(0)
-    inverse = inverse_lengths(packed[:2])
-    product = q.mT @ k  # (b, heads, e, e)
-    attention = cross_covariance(product, inverse, temperature)
-    return v @ attention.to(v.dtype).mT, inverse, product, attention
-
-
-class _Attend(torch.autograd.Function):
-    """`attend` from the layout of the projection to that of the tokens, with its own gradient.
-
-    autograd's would keep five matrices (e, e) for each head, in small crops more than all tokens
-    are, and pass over them and over q and k several times more. With G = q^T k, the logits
-    L_ij = T G_ij / (|q_i| |k_j|), their gradient dL, and dG_ij = T dL_ij / (|q_i| |k_j|):
-
-        dT   = sum_ij dG_ij G_ij / T
-        dq_i = u_i - q_i / |q_i|^2 sum_j dG_ij G_ij,   u_i = sum_j dG_ij k_j,   dk_j likewise
-
-    The sum over j is q_i u_i, too, which is the shorter way where there are fewer tokens than
-    channels, and needs no G.
-    """
-
-    @staticmethod
-    def forward(
-        ctx, qkv: Float[Tensor, "b n 3 heads e"], temperature: Float[Tensor, "heads 1 1"]
-    ) -> Float[Tensor, "b n d"]:
-        packed = _pack(qkv)
-        out, inverse, product, attention = attend(packed, temperature)
-        few = packed.shape[3] < packed.shape[4]
-        kept = None if few else product
-        ctx.save_for_backward(packed, temperature, inverse, kept, attention)
-        return _join_heads(out)
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx, grad: Float[Tensor, "b n d"]
-    ) -> tuple[Float[Tensor, "b n 3 heads e"], Float[Tensor, "heads 1 1"]]:
-        packed, temperature, inverse, product, attention = ctx.saved_tensors
-        q, k, v = packed.unbind(0)
-        _, b, heads, n, e = packed.shape
-        grad = grad.unflatten(2, (heads, e)).transpose(1, 2).contiguous()  # (b, heads, n, e)
-        d_qkv = grad.new_empty(b, n, 3, heads, e)
-        d_q, d_k, d_v = d_qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        d_v.copy_(grad @ attention.to(grad.dtype))
-        d_attention = (grad.mT @ v).to(attention.dtype)
-        d_logits = torch._softmax_backward_data(d_attention, attention, -1, attention.dtype)
-        row, column = temperature * inverse[0, ..., None], inverse[1, ..., None, :]
-        d_product = d_logits.mul_(row).mul_(column)
-        rounded = d_product.to(q.dtype)
-        u_q, u_k = k @ rounded.mT, q @ rounded
-        if product is None:
-            precise = inverse.dtype
-            of_q = (q * u_q).sum(dim=2, dtype=precise)
-            of_k = (k * u_k).sum(dim=2, dtype=precise)
-        else:
-            shares = d_product * product
-            of_q, of_k = shares.sum(dim=3), shares.sum(dim=2)  # (b, heads, e)
-        shrink_q, shrink_k = (torch.stack((of_q, of_k)) * -inverse.square()).to(q.dtype)
-        torch.addcmul(u_q, q, shrink_q[:, :, None], out=d_q)
-        torch.addcmul(u_k, k, shrink_k[:, :, None], out=d_k)
-        return d_qkv, of_q.sum(dim=(0, 2))[:, None, None] / temperature
-
-
-def _pack(qkv: Float[Tensor, "b n 3 heads e"]) -> Float[Tensor, "3 b heads n e"]:
-    # One copy here, or each product of heads would make its own. With the channels last it copies
-    # runs of e numbers; the copy that puts the tokens last takes five times as long on a CPU.
-    return qkv.permute(2, 0, 3, 1, 4).contiguous()
-
-
-def _join_heads(x: Float[Tensor, "b heads n e"]) -> Float[Tensor, "b n d"]:
-    return x.transpose(1, 2).flatten(2)
-
-
-class XCA(nn.Module):
-    """Cross-covariance attention: channels attend to channels within each head (section 3.2)."""
-
-    def __init__(self, embed_dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1))
-        self.qkv = Linear(embed_dim, 3 * embed_dim)
-        self.proj = Linear(embed_dim, embed_dim)
-
-    def forward(
-        self, x: Float[Tensor, "b n d"], gain: Float[Tensor, " d"] | None = None
-    ) -> Float[Tensor, "b n d"]:
-        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (b, n, 3, heads, d/heads)
-        # A compiler derives, orders and fuses the gradient itself.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            mixed = _Attend.apply(qkv, self.temperature)
-        else:
-            mixed = _join_heads(attend(_pack(qkv), self.temperature)[0])
-        return linear(mixed, *scaled_weights(self.proj, gain))
-
-
-class LPI(nn.Module):
-    """Local patch interaction: two depthwise 3x3 convolutions on the token grid (section 3.3)."""
-
-    def __init__(self, embed_dim: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(embed_dim, embed_dim, 3, padding=1, groups=embed_dim)
-        self.bn = nn.BatchNorm2d(embed_dim)
-        self.conv2 = nn.Conv2d(embed_dim, embed_dim, 3, padding=1, groups=embed_dim)
-
-    def forward(
-        self,
-        x: Float[Tensor, "b n d"],
-        grid: tuple[int, int],
-        gain: Float[Tensor, " d"] | None = None,
-    ) -> Float[Tensor, "b n d"]:
-        image = x.transpose(1, 2).unflatten(2, grid)  # (b, d, rows, columns): a view
-        image = self.bn(F.gelu(_depthwise(self.conv1, image)))
-        return _depthwise(self.conv2, image, gain).flatten(2).transpose(1, 2)
-
-
-def _depthwise(
-    conv: nn.Conv2d,
-    x: Float[Tensor, "b d rows columns"],
-    gain: Float[Tensor, " d"] | None = None,
-) -> Float[Tensor, "b d rows columns"]:
-    """gain * conv(x), see `scaled_weights`."""
-    # The weight's way through two dimensions gives its gradient the weight's own strides. Straight
-    # from a channels_last convolution they would be (9, 1, 3, 1), which DistributedDataParallel
-    # warns of and copies, and which the optimisers' multi-tensor kernels do not take.
-    weight, bias = conv.weight.flatten(1), conv.bias
-    if gain is not None:
-        weight, bias = gain[:, None] * weight, gain * bias
-    weight = weight.unflatten(1, (1, 3, 3))
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or min(x.shape[2:]) > 2:
-        return F.conv2d(x, weight, bias, padding=1, groups=weight.shape[0])
-    # oneDNN's gradient of the weight is 20 times slower for images smaller than the kernel. What
-    # lies beyond their borders is zero anyway.
-    rows, columns = x.shape[2:]
-    wider = F.pad(x, (0, max(0, 3 - columns), 0, max(0, 3 - rows)))
-    out = F.conv2d(wider, weight, bias, padding=1, groups=weight.shape[0])
-    return out[:, :, :rows, :columns]
-
-
-class Kept(NamedTuple):
-    """Which samples keep a residual branch, and by what it is scaled for them."""
-
-    factors: Float[Tensor, " b"]  # 0, or for the samples that keep it `scale`
-    scale: float  # 1 / (1 - rate)
-    rows: Int64[Tensor, " kept"] | None  # their places; None where the host does not know them
-
-
-def add_branch(
-    x: Float[Tensor, "b n d"], branch: Callable[[Tensor], Tensor], kept: Kept | None
-) -> Float[Tensor, "b n d"]:
-    """x + factors * branch(x); where `rows` are known the branch sees these samples only.
-
-    The branch must treat each sample by itself. When all samples drop it, it sees an empty batch:
-    its parameters have a gradient, 0, as DistributedDataParallel and the optimiser expect.
-    """
-    if kept is None:
-        return x + branch(x)
-    if kept.rows is None:
-        return torch.addcmul(x, branch(x), kept.factors[:, None, None])
-    if len(kept.rows) == len(x):
-        return torch.add(x, branch(x), alpha=kept.scale)
-    some = branch(x.index_select(0, kept.rows)).to(x.dtype)
-    return x.index_add(0, kept.rows, some, alpha=kept.scale)
+        return gelu_linear(self.fc1(x), self.fc2.weight, self.fc2.bias, gain)
 
 
 class XCABlock(nn.Module):
@@ -396,15 +184,25 @@ class XCABlock(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "b n d"],
-        grid: tuple[int, int],
+        x: Float[Tensor, "t d"],
+        grids: Sequence[Grid],
         kept: tuple[Kept, Kept, Kept] | None = None,
-    ) -> Float[Tensor, "b n d"]:
-        """`grid`: rows and columns of the tokens; `kept`: drop path (XCA, LPI, MLP)."""
+    ) -> Float[Tensor, "t d"]:
+        """The tokens of all `grids`; `kept`: drop path (XCA, LPI, MLP)."""
         of_xca, of_lpi, of_mlp = kept or (None, None, None)
-        x = add_branch(x, lambda kept_x: self.attn(self.norm1(kept_x), self.gamma1), of_xca)
-        x = add_branch(x, lambda all_x: self.local_mp(self.norm3(all_x), grid, self.gamma3), of_lpi)
-        return add_branch(x, lambda kept_x: self.mlp(self.norm2(kept_x), self.gamma2), of_mlp)
+
+        def xca(x: Tensor, grids: Sequence[Grid]) -> Tensor:
+            return self.attn(self.norm1(x), grids, self.gamma1)
+
+        def lpi(x: Tensor, grids: Sequence[Grid]) -> Tensor:
+            return self.local_mp(self.norm3(x), grids, self.gamma3)
+
+        def mlp(x: Tensor, grids: Sequence[Grid]) -> Tensor:
+            return self.mlp(self.norm2(x), self.gamma2)
+
+        x = add_branch(x, xca, grids, of_xca)
+        x = add_branch(x, lpi, grids, of_lpi)
+        return add_branch(x, mlp, grids, of_mlp)
 
 
 class ClassAttention(nn.Module):
@@ -480,6 +278,8 @@ class ClassAttentionBlock(nn.Module):
 
 # The model
 
+TOGETHER_ON_CPU = 2**20  # numbers, see `_fit_together`; measured: +7 % at 0.36 M, -3 % at 2.1 M
+
 
 class XCiT(nn.Module):
     """The network for images of any size, square or not.
@@ -536,21 +336,28 @@ class XCiT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(
-        self, x: Float[Tensor, "b c height width"], keys: Int64[Tensor, "b"] | None = None
+        self,
+        x: Float[Tensor, "b c height width"] | Sequence[Float[Tensor, "_b c _height _width"]],
+        keys: Int64[Tensor, "b"] | Sequence[Int64[Tensor, " _b"]] | None = None,
     ) -> Float[Tensor, "b out"]:
         """Logits, or without a head the cls token; in training as in evaluation.
 
+        `x` may be several batches of images, each of its own size. The results follow one another
+        and are those of a pass for each batch; where that is quicker it is one pass for all.
         `keys` (see `draws.stream`) fix each sample's drop path; without, torch's generator draws.
         """
-        cls, patches = self._before_last_block(x, keys)
-        cls, _ = self._run(self.cls_attn_blocks[1], cls, patches, True)
-        return self.head(self.norm(cls))
+        tokens = [
+            self._run(self.cls_attn_blocks[1], *stage, True)[0]
+            for stage in self._before_last_block(x, keys)
+        ]
+        return self.head(self.norm(torch.cat(tokens)))
 
     def forward_features(
         self, x: Float[Tensor, "b c height width"], keys: Int64[Tensor, "b"] | None = None
     ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b n d"]]:
         """The cls token and the patch tokens (row by row), both after the last LayerNorm."""
-        cls, patches = self._run(self.cls_attn_blocks[1], *self._before_last_block(x, keys))
+        (stage,) = self._before_last_block(x, keys)
+        cls, patches = self._run(self.cls_attn_blocks[1], *stage)
         return self.norm(cls), self.norm(patches)
 
     def class_attention(self, x: Float[Tensor, "b c height width"]) -> Float[Tensor, "b heads n"]:
@@ -559,7 +366,8 @@ class XCiT(nn.Module):
         The softmax includes the cls token itself: the map of a head sums to 1 minus that share.
         """
         last = self.cls_attn_blocks[1]
-        return last.attn.attention(last.normalise(*self._before_last_block(x, None)))[:, :, 1:]
+        (stage,) = self._before_last_block(x, None)
+        return last.attn.attention(last.normalise(*stage))[:, :, 1:]
 
     def class_attention_inputs(
         self, x: Float[Tensor, "b c height width"]
@@ -569,25 +377,53 @@ class XCiT(nn.Module):
         All after the last LayerNorm, so the last pair is what `forward_features` returns. The
         first cls token is the same for every image: no layer has told it of one.
         """
-        stages = [self._before_class_attention(x, None)]
+        stages = self._before_class_attention(x, None)
         for block in self.cls_attn_blocks:
             stages.append(block(*stages[-1]))
         return [(self.norm(cls), self.norm(patches)) for cls, patches in stages]
 
     def _before_last_block(
-        self, x: Float[Tensor, "b c height width"], keys: Int64[Tensor, "b"] | None
-    ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b n d"]]:
-        return self._run(self.cls_attn_blocks[0], *self._before_class_attention(x, keys))
+        self, x: Tensor | Sequence[Tensor], keys: Tensor | Sequence[Tensor] | None
+    ) -> list[tuple[Float[Tensor, "_b d"], Float[Tensor, "_b _n d"]]]:
+        stages = self._before_class_attention(x, keys)
+        return [self._run(self.cls_attn_blocks[0], *stage) for stage in stages]
 
     def _before_class_attention(
-        self, x: Float[Tensor, "b c height width"], keys: Int64[Tensor, "b"] | None
-    ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b n d"]]:
-        image = self._run(self.patch_embed, x)
-        b, _, *grid = image.shape
-        patches = image.flatten(2).transpose(1, 2) + self.pos_embeder(*grid, x.device)
-        for block, kept in zip(self.blocks, self._kept(b, keys), strict=True):
-            patches = self._run(block, patches, tuple(grid), kept)
-        return self.cls_token[0].expand(b, -1), patches
+        self, x: Tensor | Sequence[Tensor], keys: Tensor | Sequence[Tensor] | None
+    ) -> list[tuple[Float[Tensor, "_b d"], Float[Tensor, "_b _n d"]]]:
+        """(cls token, patch tokens) of each batch of images."""
+        if torch.is_tensor(x):
+            x, keys = [x], None if keys is None else [keys]
+        images = [self._run(self.patch_embed, batch) for batch in x]
+        if self._fit_together(images):
+            return self._through_blocks(images, keys)
+        each = [None] * len(images) if keys is None else [[of_batch] for of_batch in keys]
+        pairs = zip(images, each, strict=True)
+        return [stage for image, key in pairs for stage in self._through_blocks([image], key)]
+
+    def _fit_together(self, images: Sequence[Float[Tensor, "_b d _rows _columns"]]) -> bool:
+        """Whether the tokens of all images in one matrix are quicker than a matrix for each size.
+
+        On a GPU always. On a CPU each operation's start counts when they are few; when they are
+        many, that they fit into its caches.
+        """
+        on_host = images[0].device.type == "cpu"
+        return not on_host or sum(image.numel() for image in images) <= TOGETHER_ON_CPU
+
+    def _through_blocks(
+        self,
+        images: Sequence[Float[Tensor, "_b d _rows _columns"]],
+        keys: Sequence[Int64[Tensor, " _b"]] | None,
+    ) -> list[tuple[Float[Tensor, "_b d"], Float[Tensor, "_b _n d"]]]:
+        grids = tuple(Grid(len(image), *image.shape[2:]) for image in images)
+        patches = join_tokens(
+            image.flatten(2).transpose(1, 2) + self.pos_embeder(*image.shape[2:], image.device)
+            for image in images
+        )
+        for block, kept in zip(self.blocks, self._kept(grids, keys), strict=True):
+            patches = self._run(block, patches, grids, kept)
+        cls = self.cls_token[0]
+        return [(cls.expand(len(part), -1), part) for part in split_tokens(patches, grids)]
 
     def _run(self, part: nn.Module, *arguments: object) -> Tensor | tuple[Tensor, Tensor]:
         """part(*arguments), compiled and checkpointed if that is wanted."""
@@ -603,25 +439,39 @@ class XCiT(nn.Module):
         return checkpoint(part_call, *arguments, **options, **again)
 
     def _kept(
-        self, b: int, keys: Int64[Tensor, " b"] | None
+        self, grids: Sequence[Grid], keys: Sequence[Int64[Tensor, " _b"]] | None
     ) -> list[tuple[Kept, Kept, Kept]] | list[None]:
         """For each block, which samples keep its branches (XCA, LPI, MLP)."""
-        factors = self._drop_path(b, keys)
+        b = sum(grid.b for grid in grids)
+        factors = self._drop_path(b, None if keys is None else torch.cat(tuple(keys)))
         if factors is None:
             return [None] * len(self.blocks)
-        rows: list[list[Tensor | None]] = [[None] * 3] * len(self.blocks)
+        rows: list[list[tuple[Tensor, ...] | None]] = [[None] * 3] * len(self.blocks)
         shapes_are_fixed = self.compiled or torch.compiler.is_compiling()
         if factors.device.type == "cpu" and not shapes_are_fixed:
-            places = factors.nonzero()[:, 2].to(self.cls_token.device, non_blocking=True)
-            each = places.split(factors.count_nonzero(dim=2).flatten().tolist())
+            by_grid = [self._places(part) for part in factors.split([grid.b for grid in grids], 2)]
+            each = list(zip(*by_grid, strict=True))  # block by block, branch by branch
             # Never LPI: its BatchNorm sees all samples.
             rows = [[each[i], None, each[i + 2]] for i in range(0, len(each), 3)]
-        factors = factors.to(self.cls_token.device, non_blocking=True)
+        device = self.cls_token.device
+        factors = torch.cat(
+            [
+                part.repeat_interleave(grid.tokens, dim=2)
+                for part, grid in zip(factors.split([g.b for g in grids], 2), grids, strict=True)
+            ],
+            dim=2,
+        )[..., None]
+        factors = factors.to(device, non_blocking=True)
         scale = 1 / (1 - self.drop_path_rate)
         return [
             tuple(Kept(factors[i, j], scale, rows[i][j]) for j in range(3))
             for i in range(len(self.blocks))
         ]
+
+    def _places(self, factors: Float[Tensor, "l 3 b"]) -> tuple[Int64[Tensor, " _kept"], ...]:
+        """Of the samples whose factor is not 0, for each block and branch."""
+        places = factors.nonzero()[:, 2].to(self.cls_token.device, non_blocking=True)
+        return places.split(factors.count_nonzero(dim=2).flatten().tolist())
 
     def _drop_path(self, b: int, keys: Int64[Tensor, "b"] | None) -> Float[Tensor, "l 3 b"] | None:
         """0 or 1 / (1 - rate) for each block, branch (XCA, LPI, MLP) and sample, all at once.

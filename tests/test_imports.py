@@ -15,8 +15,8 @@ SCRIPTS = [ROOT / "main_dino.py", *(ROOT / "eval").glob("*.py"), *(ROOT / "launc
 # A module imports only from rows above its own, so there are no cycles.
 ROWS = [
     ["errors"],
-    ["options", "schedules", "distributed", "draws", "products", "model_zoo", "signals"],
-    ["charts", "report_style", "prototypes"],
+    ["options", "schedules", "distributed", "draws", "products", "model_zoo", "signals", "tokens"],
+    ["charts", "report_style", "prototypes", "xca", "lpi", "drop_path"],
     ["config", "sync_batchnorm", "guard", "watch", "report_curves", "chunked_loss"],
     ["finetune_config", "supervised_config", "visualize_config", "plan", "submission", "verdict"],
     ["eval_config", "metrics", "xcit", "augment", "optim", "kernels", "images", "diagnostics"],
@@ -65,6 +65,7 @@ OWNERS = {
 # Usable in a notebook, testable in a line: plain arguments, no configuration.
 PLAIN = {"xcit", "dino", "augment", "optim", "schedules", "kernels", "draws", "metrics"}
 PLAIN |= {"linear", "classifier", "diagnostics", "prototypes", "chunked_loss", "products"}
+PLAIN |= {"tokens", "xca", "lpi", "drop_path"}
 PLAIN |= {"mixing", "tensor_augment", "weight_average", "distillation"}
 CONFIGURATION = {"config", "eval_config", "finetune_config", "options"}
 # Imported by every --help, so nothing heavy.

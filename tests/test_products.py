@@ -151,10 +151,31 @@ def test_gelu_and_product_in_one_have_the_gradients_of_both(low):
         assert (a - b).norm() <= (0.01 if low else 1e-6) * b.norm()
 
 
-def test_the_gradient_of_gelu_and_product_is_exact():
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize("function", [linear, gelu_linear])
+def test_a_gain_multiplies_the_output_and_has_its_gradient(function, low):
     torch.manual_seed(0)
-    inputs = [torch.randn(2, 3, 4), torch.randn(5, 4), torch.randn(5)]
-    inputs = [tensor.double().requires_grad_() for tensor in inputs]
+    inputs = [torch.randn(3, 5, 16), torch.randn(11, 16), torch.randn(11), torch.rand(11) + 0.5]
+    exact = [tensor.double().requires_grad_() for tensor in inputs]
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        out = function(*inputs)
+        with torch.no_grad():
+            assert torch.equal(function(*inputs), out)
+    x, weight, bias, gain = exact
+    expected = gain * F.linear(F.gelu(x) if function is gelu_linear else x, weight, bias)
+    grad = torch.randn(out.shape).to(out.dtype)
+    found = torch.autograd.grad(out, inputs, grad)
+    theirs = torch.autograd.grad(expected, exact, grad.double())
+    for ours, other in zip((out, *found), (expected, *theirs), strict=True):
+        assert (ours - other).norm() <= (0.01 if low else 1e-6) * other.norm()
+
+
+@pytest.mark.parametrize("with_gain", [False, True])
+def test_the_gradient_of_gelu_and_product_is_exact(with_gain):
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 3, 4), torch.randn(5, 4), torch.randn(5), torch.randn(5)]
+    inputs = [tensor.double().requires_grad_() for tensor in inputs[: 3 + with_gain]]
     assert torch.autograd.gradcheck(gelu_linear, inputs)
 
 
@@ -163,4 +184,5 @@ def test_the_output_of_gelu_is_not_kept():
     x, layer = torch.randn(4, 7, requires_grad=True), Linear(7, 3)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         gelu_linear(x, layer.weight, layer.bias)
-    assert {tensor.data_ptr() for tensor in kept} == {x.data_ptr(), layer.weight.data_ptr()}
+    expected = (x, layer.weight, layer.bias)
+    assert {tensor.data_ptr() for tensor in kept} == {tensor.data_ptr() for tensor in expected}

@@ -22,17 +22,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ssl_xcit import draws, products, xcit
+from ssl_xcit import draws, drop_path, lpi, products, tokens, xca, xcit
 from ssl_xcit.draws import stream, uniform
 from ssl_xcit.errors import UserError
+from ssl_xcit.lpi import LPI
+from ssl_xcit.tokens import Grid
+from ssl_xcit.xca import XCA, attend
 from ssl_xcit.xcit import (
     ARCHITECTURES,
-    LPI,
-    XCA,
     ClassAttention,
     XCABlock,
     XCiT,
-    attend,
     build_xcit,
     fourier_features,
 )
@@ -50,6 +50,17 @@ def seed():
 def micro(patch_size: int = 8, randomised: bool = True, **overrides) -> XCiT:
     model = XCiT(patch_size, tokens_norm=patch_size == 8, **(MICRO | overrides))
     return randomise(model) if randomised else model
+
+
+def on_images(layer, x, grid, *others):
+    """A layer that takes the tokens of several sizes of images, on (b, n, d) of one size."""
+    return layer(x.flatten(0, 1), (Grid(len(x), *grid),), *others).view_as(x)
+
+
+def attend_images(qkv, temperature):
+    """`xca._Attend` on (b, n, 3, heads, e)."""
+    grids = (Grid(len(qkv), 1, qkv.shape[1]),)
+    return xca._Attend.apply(qkv.flatten(0, 1), temperature, grids).unflatten(0, qkv.shape[:2])
 
 
 def randomise(model: XCiT) -> XCiT:
@@ -276,7 +287,7 @@ def test_xca_equals_a_loop_over_images_and_heads():
             attention[i, j] = torch.exp(cosine * layer.temperature[head])
         attention /= attention.sum(dim=1, keepdim=True)
         expected[image, :, rows] = (attention @ v).T
-    assert gap(layer(x), layer.proj(expected)) < 1e-12
+    assert gap(on_images(layer, x, (1, n)), layer.proj(expected)) < 1e-12
 
 
 @pytest.mark.parametrize("n", [1, 3, 7])
@@ -285,7 +296,7 @@ def test_gradients_of_xca_are_those_of_finite_differences(n):
     qkv = torch.randn(2, n, 3, 3, 4, dtype=torch.float64, requires_grad=True)
     temperature = torch.rand(3, 1, 1, dtype=torch.float64) + 0.5
     arguments = qkv, temperature.requires_grad_()
-    assert torch.autograd.gradcheck(xcit._Attend.apply, arguments, eps=1e-6, atol=1e-8)
+    assert torch.autograd.gradcheck(attend_images, arguments, eps=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-13), ("float32", 1e-5)])
@@ -300,7 +311,7 @@ def test_gradients_of_xca_are_those_that_autograd_derives(dtype, tolerance):
         return (logits.softmax(dim=3) @ v).permute(0, 3, 1, 2).flatten(2)
 
     results = []
-    for function in (xcit._Attend.apply, derived):
+    for function in (attend_images, derived):
         inputs = [tensor.clone().requires_grad_() for tensor in (qkv, temperature)]
         out = function(*inputs)
         (out * weights).sum().backward()
@@ -314,8 +325,8 @@ def test_bfloat16_gradients_of_xca_err_as_bfloat16_rounds():
     rounded = exact.detach().bfloat16().requires_grad_()
     temperature = torch.rand(3, 1, 1) + 0.5
     weights = torch.randn(4, 36, 24).bfloat16()
-    xcit._Attend.apply(rounded, temperature).backward(weights)
-    xcit._Attend.apply(exact, temperature.double()).backward(weights.double())
+    attend_images(rounded, temperature).backward(weights)
+    attend_images(exact, temperature.double()).backward(weights.double())
     assert rounded.grad.dtype == torch.bfloat16
     assert gap(rounded.grad, exact.grad) < 2**-6 * exact.grad.abs().max()
 
@@ -326,7 +337,7 @@ def test_xca_survives_channels_that_are_zero_for_every_token():
     attention = attend(packed, torch.ones(1, 1, 1))[3]
     assert torch.equal(attention, torch.full((1, 1, 2, 2), 0.5))
     qkv = packed.permute(1, 3, 0, 2, 4).contiguous().requires_grad_()
-    xcit._Attend.apply(qkv, torch.ones(1, 1, 1))[0, 0, 0].backward()
+    attend_images(qkv, torch.ones(1, 1, 1))[0, 0, 0].backward()
     assert qkv.grad.isfinite().all()
 
 
@@ -338,12 +349,12 @@ def test_a_block_adds_each_branch_times_its_gains():
     weights = torch.randn_like(x)
 
     def written_out(x):
-        x = x + block.gamma1 * block.attn(block.norm1(x))
-        x = x + block.gamma3 * block.local_mp(block.norm3(x), (3, 4))
+        x = x + block.gamma1 * on_images(block.attn, block.norm1(x), (3, 4))
+        x = x + block.gamma3 * on_images(block.local_mp, block.norm3(x), (3, 4))
         return x + block.gamma2 * block.mlp(block.norm2(x))
 
     results = []
-    for function in (lambda x: block(x, (3, 4)), written_out):
+    for function in (lambda x: on_images(block, x, (3, 4)), written_out):
         block.zero_grad()
         inputs = x.clone().requires_grad_()
         out = function(inputs)
@@ -378,7 +389,7 @@ def test_lpi_equals_a_loop_over_the_neighbours_on_a_grid_that_is_not_square():
         scale = bn.weight / torch.sqrt(bn.running_var + 1e-5)
         image = (image - bn.running_mean[:, None, None]) * scale[:, None, None]
         image = convolve(image + bn.bias[:, None, None], layer.conv2)
-        assert gap(layer(x, (rows, columns))[0], image.flatten(1).T) < 1e-12
+        assert gap(on_images(layer, x, (rows, columns))[0], image.flatten(1).T) < 1e-12
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (1, 4), (2, 2), (5, 2)])
@@ -387,7 +398,7 @@ def test_lpi_on_grids_smaller_than_its_kernel_has_the_same_gradients(grid):
     x = torch.randn(5, grid[0] * grid[1], 3, dtype=torch.float64, requires_grad=True)
     image = x.transpose(1, 2).unflatten(2, grid)
     expected = layer.conv2(layer.bn(nn.functional.gelu(layer.conv1(image))))
-    out, weights = layer(x, grid), torch.randn(x.shape, dtype=torch.float64)
+    out, weights = on_images(layer, x, grid), torch.randn(x.shape, dtype=torch.float64)
     inputs = x, layer.conv1.weight, layer.conv1.bias, layer.conv2.weight, layer.conv2.bias
     theirs = torch.autograd.grad(expected.flatten(2).transpose(1, 2), inputs, weights)
     assert gap(out, expected.flatten(2).transpose(1, 2).detach()) < 1e-12
@@ -448,6 +459,47 @@ def test_the_class_attention_inputs_are_what_hooks_see_enter_the_layers(patch_si
         assert torch.equal(ours, theirs)
     assert torch.equal(found[0][0][0], found[0][0][1])  # has not seen the image yet
     assert gap(found[1][0][0], found[1][0][1]) > 1e-3
+
+
+# Images of several sizes at once.
+
+
+@pytest.mark.parametrize(
+    ("drop_path_rate", "checkpointing", "limit"),
+    [(0.0, False, 2**20), (0.4, False, 2**20), (0.4, True, 2**20), (0.4, False, 0)],
+)
+def test_batches_of_several_sizes_give_what_a_pass_for_each_gives(
+    monkeypatch, drop_path_rate, checkpointing, limit
+):
+    monkeypatch.setattr(xcit, "TOGETHER_ON_CPU", limit)
+    sizes = [(5, 32, 32), (7, 16, 24), (3, 8, 40)]
+    images = [torch.randn(b, 3, h, w).double() for b, h, w in sizes]
+    keys = [stream(0, 0, torch.arange(len(x)), view) for view, x in enumerate(images)]
+    together = micro(drop_path_rate=drop_path_rate).double().train()
+    together.activation_checkpointing = checkpointing
+    apart = copy.deepcopy(together)
+    seen = []
+    together.blocks[0].mlp.register_forward_hook(lambda _, inputs, out: seen.append(len(out)))
+    found = together(images, keys)
+    expected = torch.cat([apart(x, k) for x, k in zip(images, keys, strict=True)])
+    if drop_path_rate == 0:
+        assert len(seen) == 1  # one product for all of them
+    assert gap(found, expected) < 1e-12
+    weights = torch.randn(found.shape).double()
+    for out in (found, expected):
+        (out * weights).sum().backward()
+    for ours, theirs in zip(together.parameters(), apart.parameters(), strict=True):
+        assert gap(ours.grad, theirs.grad) < 1e-10 * max(1, theirs.grad.abs().max().item())
+    for ours, theirs in zip(together.buffers(), apart.buffers(), strict=True):
+        assert gap(ours, theirs) < 1e-12  # BatchNorm sees one size after the other
+
+
+def test_batches_of_several_sizes_under_autocast_stay_near_a_pass_for_each():
+    images = [torch.randn(6, 3, 32, 32), torch.randn(8, 3, 8, 8)]  # 16 tokens, and 1
+    model = micro().train()
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = model(images), torch.cat([model(x) for x in images])
+    assert gap(found, expected) < 0.02 * expected.std()
 
 
 # Any image.
@@ -537,23 +589,15 @@ def test_synchronised_batch_norm_keeps_the_names():
     assert list(nn.SyncBatchNorm.convert_sync_batchnorm(model).state_dict()) == names
 
 
-def without_shape_checks(module, monkeypatch):
-    """`module` loaded again from its file, past pytest's hook: Dynamo cannot trace the checks."""
-    name = f"plain_{module.__name__.rpartition('.')[2]}"
-    spec = importlib.util.spec_from_file_location(name, module.__file__)
-    plain = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(plain)
-    monkeypatch.setitem(sys.modules, name, plain)  # Dynamo of torch 2.11 imports it by its name
-    return plain
-
-
 def plain_xcit(monkeypatch):
-    """The module xcit, and what it imports from others, without the checks."""
-    plain = without_shape_checks(xcit, monkeypatch)
-    plain.uniform = without_shape_checks(draws, monkeypatch).uniform
-    of_products = without_shape_checks(products, monkeypatch)
-    for name in ("Linear", "linear", "gelu_linear"):
-        setattr(plain, name, getattr(of_products, name))
+    """xcit and what it imports, loaded past pytest's hook: Dynamo cannot trace its checks."""
+    for module in (draws, tokens, products, xca, lpi, drop_path, xcit):
+        name = f"plain_{module.__name__.rpartition('.')[2]}"
+        spec = importlib.util.spec_from_file_location(name, module.__file__)
+        plain = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, plain)  # Dynamo of torch 2.11 imports it by its name
+        spec.loader.exec_module(plain)
+        monkeypatch.setitem(sys.modules, module.__name__, plain)  # for those after it
     return plain
 
 
@@ -729,20 +773,20 @@ def test_evaluation_drops_nothing():
     assert torch.equal(model(x, torch.arange(4)), plain(x))
 
 
-def dropped(factors: torch.Tensor, rate: float) -> tuple[xcit.Kept, ...]:
-    """As the model hands them to a block that may leave out samples."""
-    rows = [of_branch.nonzero()[:, 0] for of_branch in factors]
-    scale = 1 / (1 - rate)
+def dropped(factors: torch.Tensor, rate: float) -> tuple[drop_path.Kept, ...]:
+    """As the model hands them to a block of 12 tokens that may leave out samples."""
+    rows = [(of_branch.nonzero()[:, 0],) for of_branch in factors]
+    scale, per_token = 1 / (1 - rate), factors.repeat_interleave(12, dim=1)[:, :, None]
     return tuple(
-        xcit.Kept(factors[i], scale, None if i == 1 else rows[i]) for i in range(len(rows))
+        drop_path.Kept(per_token[i], scale, None if i == 1 else rows[i]) for i in range(len(rows))
     )
 
 
 def masked(block: XCABlock, x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     """All samples through all branches; those that drop one are multiplied by 0."""
     of_xca, of_lpi, of_mlp = factors[:, :, None, None]
-    x = x + of_xca * block.gamma1 * block.attn(block.norm1(x))
-    x = x + of_lpi * block.gamma3 * block.local_mp(block.norm3(x), (3, 4))
+    x = x + of_xca * block.gamma1 * on_images(block.attn, block.norm1(x), (3, 4))
+    x = x + of_lpi * block.gamma3 * on_images(block.local_mp, block.norm3(x), (3, 4))
     return x + of_mlp * block.gamma2 * block.mlp(block.norm2(x))
 
 
@@ -773,7 +817,7 @@ def test_leaving_samples_out_of_a_branch_is_multiplying_them_by_zero(case):
 
     def left_out(block, x):
         kept = dropped(factors.to(x.dtype), 0.4)
-        return block(x, (3, 4), kept)
+        return on_images(block, x, (3, 4), kept)
 
     expected = block_results(lambda block, x: masked(block, x, factors), block, x)
     found = block_results(left_out, block, x)
@@ -797,8 +841,9 @@ def test_a_sample_that_drops_a_branch_is_the_residual_to_the_bit_and_costs_nothi
     for name in ("norm1", "norm2", "norm3", "attn", "local_mp", "mlp"):
         module = getattr(block, name)
         module.register_forward_hook(lambda _, inputs, out, n=name: seen.update({n: len(out)}))
-    out = block(x, (3, 4), dropped(keep / 0.6, 0.4))
-    assert seen == {"norm1": 2, "attn": 2, "norm3": 5, "local_mp": 5, "norm2": 2, "mlp": 2}
+    out = on_images(block, x, (3, 4), dropped(keep / 0.6, 0.4))
+    samples = {"norm1": 2, "attn": 2, "norm3": 5, "local_mp": 5, "norm2": 2, "mlp": 2}
+    assert seen == {name: 12 * count for name, count in samples.items()}
     assert torch.equal(out[[1, 4]], x[[1, 4]])
     assert not (out[[0, 2, 3]] == x[[0, 2, 3]]).all(dim=2).any()
 
@@ -806,15 +851,19 @@ def test_a_sample_that_drops_a_branch_is_the_residual_to_the_bit_and_costs_nothi
 def test_the_host_knows_who_keeps_a_branch_from_the_draws_of_the_keys():
     rate = 0.4
     model, keys = micro(drop_path_rate=rate).train(), stream(3, 1, torch.arange(7), 2)
-    for number, branches in enumerate(model._kept(7, keys)):
+    grids, by_grid = (Grid(3, 2, 2), Grid(4, 1, 3)), keys.split((3, 4))
+    for number, branches in enumerate(model._kept(grids, by_grid)):
         for branch, kept in enumerate(branches):
             keeps = uniform(keys, 3 * number + branch) >= rate
-            assert torch.equal(kept.factors, keeps / torch.tensor(1 - rate))
+            of_tokens = torch.cat([keeps[:3].repeat_interleave(4), keeps[3:].repeat_interleave(3)])
+            assert torch.equal(kept.factors, of_tokens[:, None] / torch.tensor(1 - rate))
             if branch == 1:
                 assert kept.rows is None  # LPI's BatchNorm sees all samples
             else:
-                assert kept.rows.tolist() == [i for i, keep in enumerate(keeps) if keep]
-    assert micro(drop_path_rate=0.0).train()._kept(7, keys) == [None, None]
+                assert [rows.tolist() for rows in kept.rows] == [
+                    [i for i, keep in enumerate(part) if keep] for part in keeps.split((3, 4))
+                ]
+    assert micro(drop_path_rate=0.0).train()._kept(grids, by_grid) == [None, None]
 
 
 # Activation checkpointing.
