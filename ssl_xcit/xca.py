@@ -176,8 +176,7 @@ class XCA(nn.Module):
             mixed = _Attend.apply(qkv, self.temperature, grids)
         else:
             with torch.autocast(qkv.device.type, enabled=False):
-                parts = [
-                    attend(_pack(part), self.temperature)[0] for part in split_tokens(qkv, grids)
-                ]
-            mixed = join_tokens(part.transpose(1, 2).flatten(2) for part in parts)
+                packed = [_pack(part) for part in split_tokens(qkv, grids)]
+                outs = [attend(part, self.temperature)[0].to(qkv.dtype) for part in packed]
+            mixed = join_tokens(out.transpose(1, 2).flatten(2) for out in outs)
         return linear(mixed, self.proj.weight, self.proj.bias, gain)

@@ -320,11 +320,12 @@ def test_gradients_of_xca_are_those_that_autograd_derives(dtype, tolerance):
         assert gap(ours, theirs) < tolerance * theirs.abs().max()
 
 
-def test_bfloat16_gradients_of_xca_err_as_bfloat16_rounds():
-    exact = torch.randn(4, 36, 3, 3, 8).bfloat16().double().requires_grad_()
+@pytest.mark.parametrize("n", [36, 7, 2])
+def test_bfloat16_gradients_of_xca_err_as_bfloat16_rounds(n):
+    exact = torch.randn(4, n, 3, 3, 8).bfloat16().double().requires_grad_()
     rounded = exact.detach().bfloat16().requires_grad_()
     temperature = torch.rand(3, 1, 1) + 0.5
-    weights = torch.randn(4, 36, 24).bfloat16()
+    weights = torch.randn(4, n, 24).bfloat16()
     attend_images(rounded, temperature).backward(weights)
     attend_images(exact, temperature.double()).backward(weights.double())
     assert rounded.grad.dtype == torch.bfloat16
@@ -697,8 +698,9 @@ def test_a_bfloat16_forward_and_backward_stay_near_float32():
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_a_model_converted_to_bfloat16_runs_without_autocast():
-    model, x = micro().eval(), torch.randn(2, 3, 64, 64)
+@pytest.mark.parametrize("size", [64, 8])
+def test_a_model_converted_to_bfloat16_runs_without_autocast(size):
+    model, x = micro().eval(), torch.randn(2, 3, size, size)
     exact = model(x)
     assert gap(model.bfloat16()(x.bfloat16()).float(), exact) < 0.2 * exact.std()
 
