@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from ssl_xcit.products import compute_dtype, linear
+from ssl_xcit.products import compute_dtype, linear, without_autocast
 from ssl_xcit.prototypes import WeightNormLinear
 
 
@@ -80,7 +80,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x, v, g, frozen, tx, tv, tg, center, temperatures, chunk):
         low = compute_dtype(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             length = torch.linalg.vector_norm(v, dim=1)
             student = _Logits(x, v, g[:, 0] / length, low)
             teacher = _Logits(tx, tv, tg[:, 0] / torch.linalg.vector_norm(tv, dim=1), low)

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ssl_xcit.products import compute_dtype, linear
+from ssl_xcit.products import compute_dtype, linear, without_autocast
 
 
 class WeightNormLinear(nn.Module):
@@ -60,7 +60,7 @@ class _Logits(torch.autograd.Function):
         frozen: bool,
     ) -> Float[Tensor, "b k"]:
         low = compute_dtype(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             length = torch.linalg.vector_norm(v, dim=1)
             rounded = v.to(low)
             product = linear(x.to(low), rounded)

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ssl_xcit.products import Linear, linear
+from ssl_xcit.products import Linear, linear, without_autocast
 from ssl_xcit.tokens import Grid, join_tokens, split_tokens
 
 
@@ -80,7 +80,7 @@ class _Attend(torch.autograd.Function):
         out, saved = qkv.new_empty(len(qkv), *qkv.shape[2:]), []
         for part, to in zip(split_tokens(qkv, grids), split_tokens(out, grids), strict=True):
             packed = _pack(part)
-            with torch.autocast(qkv.device.type, enabled=False):
+            with without_autocast(qkv):
                 mixed, inverse, product, attention = attend(packed, temperature)
             to.copy_(mixed.transpose(1, 2))
             saved += [packed, inverse, None if _has_few_tokens(packed) else product, attention]
@@ -99,7 +99,7 @@ class _Attend(torch.autograd.Function):
         d_temperature = torch.zeros_like(temperature)
         gradients = split_tokens(grad.unflatten(1, (heads, e)), ctx.grids)
         parts = zip(gradients, split_tokens(d_qkv, ctx.grids), strict=True)
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad):
             for i, (part, to) in enumerate(parts):
                 d_temperature += _gradients(part, temperature, *saved[4 * i : 4 * i + 4], to)
         return d_qkv, d_temperature, None
@@ -146,7 +146,7 @@ def _pack(qkv: Float[Tensor, "b n 3 heads e"]) -> Float[Tensor, "3 b heads n e"]
     # One copy here, or each product of heads would make its own. With the channels last it copies
     # runs of e numbers; the copy that puts the tokens last takes five times as long on a CPU.
     packed = qkv.permute(2, 0, 3, 1, 4)
-    if 4 * packed.shape[3] <= packed.shape[4]:
+    if not torch.compiler.is_compiling() and 4 * packed.shape[3] <= packed.shape[4]:
         # Rounding the matrices (e, e) and back costs more than lower precision spares the tokens
         precise = torch.promote_types(qkv.dtype, torch.float32)
         return packed.to(precise, memory_format=torch.contiguous_format)
@@ -175,7 +175,7 @@ class XCA(nn.Module):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             mixed = _Attend.apply(qkv, self.temperature, grids)
         else:
-            with torch.autocast(qkv.device.type, enabled=False):
+            with without_autocast(qkv):
                 packed = [_pack(part) for part in split_tokens(qkv, grids)]
                 outs = [attend(part, self.temperature)[0].to(qkv.dtype) for part in packed]
             mixed = join_tokens(out.transpose(1, 2).flatten(2) for out in outs)

@@ -407,15 +407,16 @@ class XCiT(nn.Module):
         On a GPU always. On a CPU each operation's start counts when they are few; when they are
         many, that they fit into its caches.
         """
-        on_host = images[0].device.type == "cpu"
-        return not on_host or sum(image.numel() for image in images) <= TOGETHER_ON_CPU
+        if len(images) == 1 or images[0].device.type != "cpu":
+            return True
+        return sum(image.numel() for image in images) <= TOGETHER_ON_CPU
 
     def _through_blocks(
         self,
         images: Sequence[Float[Tensor, "_b d _rows _columns"]],
         keys: Sequence[Int64[Tensor, " _b"]] | None,
     ) -> list[tuple[Float[Tensor, "_b d"], Float[Tensor, "_b _n d"]]]:
-        grids = tuple(Grid(len(image), *image.shape[2:]) for image in images)
+        grids = tuple(Grid(image.shape[0], *image.shape[2:]) for image in images)
         patches = join_tokens(
             image.flatten(2).transpose(1, 2) + self.pos_embeder(*image.shape[2:], image.device)
             for image in images
@@ -423,7 +424,7 @@ class XCiT(nn.Module):
         for block, kept in zip(self.blocks, self._kept(grids, keys), strict=True):
             patches = self._run(block, patches, grids, kept)
         cls = self.cls_token[0]
-        return [(cls.expand(len(part), -1), part) for part in split_tokens(patches, grids)]
+        return [(cls.expand(part.shape[0], -1), part) for part in split_tokens(patches, grids)]
 
     def _run(self, part: nn.Module, *arguments: object) -> Tensor | tuple[Tensor, Tensor]:
         """part(*arguments), compiled and checkpointed if that is wanted."""

