@@ -91,17 +91,21 @@ def _has_bfloat16() -> bool:
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """What autocast multiplies in, where it is on; else the type of `x`."""
-    device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if on else x.dtype
+    return torch.get_autocast_dtype(x.device.type) if _autocasts(x) else x.dtype
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
-    """Operations on `x` in its own type; there are devices ("meta") that know no autocast."""
+    """Operations on `x` in its own type."""
+    if not _autocasts(x):
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _autocasts(x: Tensor) -> bool:
+    if torch.compiler.is_compiling():  # casts by itself, and that of torch 2.11 cannot trace this
+        return False
     device = x.device.type
-    if torch.amp.is_autocast_available(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 class _OneDnnLinear(torch.autograd.Function):
