@@ -298,9 +298,11 @@ class XCiT(nn.Module):
             backward pass: less memory, more time, the same numbers.
         compiled: in training, compile patch embedding and blocks by torch.compile. The blocks are
             alike, so it compiles one of each kind and not as many as there are.
+        may_join_sizes: on a CPU, let small images of several sizes share a pass.
     """
 
     activation_checkpointing = compiled = False
+    may_join_sizes = True
 
     def __init__(
         self,
@@ -405,10 +407,12 @@ class XCiT(nn.Module):
         """Whether the tokens of all images in one matrix are quicker than a matrix for each size.
 
         On a GPU always. On a CPU each operation's start counts when they are few; when they are
-        many, that they fit into its caches.
+        many, that they fit into its caches. While samples drop branches there is little to share.
         """
         if len(images) == 1 or images[0].device.type != "cpu":
             return True
+        if not self.may_join_sizes or (self.training and self.drop_path_rate > 0):
+            return False
         return sum(image.numel() for image in images) <= TOGETHER_ON_CPU
 
     def _through_blocks(

@@ -49,6 +49,7 @@ def real_step(config, drop_path_rate=0.0):
     student = dino_network(config)
     teacher = copy.deepcopy(student).requires_grad_(False)
     student.backbone.drop_path_rate, teacher.backbone.drop_path_rate = drop_path_rate, 0.0
+    student.backbone.may_join_sizes = False  # as the recipe's drop path has it, without drop path
     student.backbone.activation_checkpointing = config.run.activation_checkpointing
     n = config.optim.batch_size_per_gpu
     crops = [torch.randn(views, n, 3, side, side) for views, side in crop_groups(config)]
