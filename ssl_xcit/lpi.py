@@ -48,9 +48,9 @@ def _kernels(conv: nn.Conv2d, gain: Float[Tensor, " d"] | None, x: Tensor) -> Ke
     # The weight's way through two dimensions gives its gradient the weight's own strides. Straight
     # from a channels_last convolution they would be (9, 1, 3, 1), which DistributedDataParallel
     # warns of and copies, and which the optimisers' multi-tensor kernels do not take.
-    weight, bias = scaled_weights(conv.weight.flatten(1), conv.bias, gain)
-    low = compute_dtype(x)
-    return weight.to(low).unflatten(1, (1, 3, 3)), bias.to(low)
+    flat = conv.weight.flatten(1)
+    weight, bias = scaled_weights(flat, conv.bias, gain, compute_dtype(x))
+    return weight.unflatten(1, (1, 3, 3)), bias
 
 
 def _depthwise(
@@ -85,15 +85,16 @@ class _SmallDepthwise(torch.autograd.Function):
     def backward(ctx, grad: Float[Tensor, "b d rows columns"]) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)
-        rows, columns = x.shape[2:]
-        borders = (0, max(0, 3 - columns), 0, max(0, 3 - rows))
-        wider_grad, wider_x = F.pad(grad, borders), F.pad(x, borders)
 
-        def derive(
-            grad: Tensor, x: Tensor, wanted: tuple[bool, bool, bool]
-        ) -> tuple[Tensor | None, ...]:
+        def derive(grad: Tensor, x: Tensor, wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
             sizes = [len(weight)], [1, 1], [1, 1], [1, 1], False, [0, 0], len(weight)
             return torch.ops.aten.convolution_backward(grad, x, weight, *sizes, wanted)
 
-        d_x = derive(grad, x, (ctx.needs_input_grad[0], False, False))[0]
-        return d_x, *derive(wider_grad, wider_x, (False, True, True))[1:]
+        of_x, *of_others = ctx.needs_input_grad
+        d_x = derive(grad, x, (of_x, False, False))[0] if of_x else None
+        if not any(of_others):
+            return d_x, None, None
+        rows, columns = x.shape[2:]
+        borders = (0, max(0, 3 - columns), 0, max(0, 3 - rows))
+        wider = F.pad(grad, borders), F.pad(x, borders)
+        return d_x, *derive(*wider, (False, *of_others))[1:]

@@ -66,7 +66,8 @@ def training_memory(config: TrainConfig, world_size: int, cuda: bool) -> Trainin
         student, teacher = student.to_empty(device="cpu"), teacher.to_empty(device="cpu")
         teacher.requires_grad_(False)
         # Samples that drop a branch are left out of its work; which do is in contents that these
-        # tensors do not have. To 2 %, a step in which none does needs the most.
+        # tensors do not have. To 2 %, a step in which none does needs the most, if it takes the
+        # sizes of crops apart as drop path does.
         student.backbone.may_join_sizes = config.model.drop_path_rate == 0
         student.backbone.drop_path_rate = teacher.backbone.drop_path_rate = 0.0
         student.backbone.activation_checkpointing = config.run.activation_checkpointing

@@ -5,7 +5,8 @@
 
 Parameter names are those of facebookresearch/xcit, so its files and DINO's backbones load with
 `strict=True`. Tokens are (b, n, d) in memory throughout, n = rows x columns; seen as an image that
-is torch's channels_last layout, so the convolutions among them copy nothing.
+is torch's channels_last layout, so the convolutions among them copy nothing. Those of images of
+several sizes may lie one size after the other in one matrix (t, d), see `tokens`.
 
 In training LayerScale's gains scale the weights of a branch's last layer, not its tokens, and a
 sample that drops a branch (stochastic depth) is left out of the branch's work. Both change no
@@ -453,20 +454,18 @@ class XCiT(nn.Module):
             return [None] * len(self.blocks)
         rows: list[list[tuple[Tensor, ...] | None]] = [[None] * 3] * len(self.blocks)
         shapes_are_fixed = self.compiled or torch.compiler.is_compiling()
+        by_grid = factors.split([grid.b for grid in grids], dim=2)
         if factors.device.type == "cpu" and not shapes_are_fixed:
-            by_grid = [self._places(part) for part in factors.split([grid.b for grid in grids], 2)]
-            each = list(zip(*by_grid, strict=True))  # block by block, branch by branch
+            # block by block and branch by branch, of each grid
+            each = list(zip(*map(self._places, by_grid), strict=True))
             # Never LPI: its BatchNorm sees all samples.
             rows = [[each[i], None, each[i + 2]] for i in range(0, len(each), 3)]
-        device = self.cls_token.device
-        factors = torch.cat(
-            [
-                part.repeat_interleave(grid.tokens, dim=2)
-                for part, grid in zip(factors.split([g.b for g in grids], 2), grids, strict=True)
-            ],
-            dim=2,
-        )[..., None]
-        factors = factors.to(device, non_blocking=True)
+        pairs = zip(by_grid, grids, strict=True)
+        by_token = [
+            part.to(self.cls_token.device, non_blocking=True).repeat_interleave(grid.tokens, dim=2)
+            for part, grid in pairs
+        ]
+        factors = torch.cat(by_token, dim=2)[..., None]
         scale = 1 / (1 - self.drop_path_rate)
         return [
             tuple(Kept(factors[i, j], scale, rows[i][j]) for j in range(3))

@@ -393,6 +393,17 @@ def test_lpi_equals_a_loop_over_the_neighbours_on_a_grid_that_is_not_square():
         assert gap(on_images(layer, x, (rows, columns))[0], image.flatten(1).T) < 1e-12
 
 
+@pytest.mark.parametrize("grid", [(1, 1), (2, 2), (3, 4)])
+def test_a_frozen_block_hands_the_gradient_on_and_has_none(grid):
+    blocks = [XCABlock(24, 3, 4, 1.0).train() for _ in range(2)]
+    blocks[1].load_state_dict(blocks[0].requires_grad_(False).state_dict())
+    inputs = [torch.linspace(-1, 1, 2 * grid[0] * grid[1] * 24).view(2, -1, 24) for _ in blocks]
+    for block, x in zip(blocks, inputs, strict=True):
+        on_images(block, x.requires_grad_(), grid).square().sum().backward()
+    assert torch.equal(inputs[0].grad, inputs[1].grad)
+    assert all(parameter.grad is None for parameter in blocks[0].parameters())
+
+
 @pytest.mark.parametrize("grid", [(1, 1), (1, 4), (2, 2), (5, 2)])
 def test_lpi_on_grids_smaller_than_its_kernel_has_the_same_gradients(grid):
     layer = LPI(3).double().train()
@@ -494,6 +505,17 @@ def test_batches_of_several_sizes_give_what_a_pass_for_each_gives(
         assert gap(ours.grad, theirs.grad) < 1e-10 * max(1, theirs.grad.abs().max().item())
     for ours, theirs in zip(together.buffers(), apart.buffers(), strict=True):
         assert gap(ours, theirs) < 1e-12  # BatchNorm sees one size after the other
+
+
+def test_on_a_cpu_sizes_share_a_pass_while_they_are_small(monkeypatch):
+    model, images = micro().eval(), [torch.randn(2, 3, size, size) for size in (32, 16)]
+    seen = []
+    model.blocks[0].mlp.register_forward_hook(lambda _, inputs, out: seen.append(len(out)))
+    numbers = (2 * 16 + 2 * 4) * 24
+    for limit in (numbers, numbers - 1):
+        monkeypatch.setattr(xcit, "TOGETHER_ON_CPU", limit)
+        model(images)
+    assert seen == [2 * 16 + 2 * 4, 2 * 16, 2 * 4]
 
 
 def test_batches_of_several_sizes_under_autocast_stay_near_a_pass_for_each():
