@@ -3,8 +3,8 @@
 Here a FLOP is the hardware's: a multiply-add is two. The backward pass repeats each product of the
 forward pass twice, for the gradient of either factor, except that nothing needs the gradient of the
 images or of the fixed Fourier features. With activation checkpointing it repeats the backbone's
-forward pass, too, the XCA blocks up to their last product (in float32 on a CPU the last one, too).
-Drop path is not counted: at its rate, samples are left out of XCA and MLP.
+forward pass, too, the XCA blocks without their last product. Drop path is not counted: at its rate,
+samples are left out of XCA and MLP.
 """
 
 from typing import NamedTuple
@@ -18,6 +18,7 @@ from ssl_xcit.flops import (
     count_operations,
     count_parameters,
     first_convolution,
+    last_products,
     position_projection,
 )
 from ssl_xcit.networks import dino_network
@@ -120,7 +121,8 @@ def _forward(backbone: XCiT, views: int, side: int, head: int) -> tuple[int, int
 def _repeated(backbone: XCiT, side: int) -> int:
     """Multiply-adds for one view of what activation checkpointing computes a second time."""
     per_view = count_operations(backbone, side, side, conventional=False).multiply_adds
-    return per_view - position_projection(backbone, side, side)
+    spared = position_projection(backbone, side, side) + last_products(backbone, side, side)
+    return per_view - spared
 
 
 def print_plan(config: PlanConfig) -> None:
