@@ -65,12 +65,16 @@ def training_memory(config: TrainConfig, world_size: int, cuda: bool) -> Trainin
     with FakeTensorMode(allow_non_fake_inputs=True):
         student, teacher = student.to_empty(device="cpu"), teacher.to_empty(device="cpu")
         teacher.requires_grad_(False)
-        # Samples that drop a branch are left out of its work; which do is in contents that these
-        # tensors do not have. To 2 %, a step in which none does needs the most, if it takes the
-        # sizes of crops apart as drop path does.
-        student.backbone.may_join_sizes = config.model.drop_path_rate == 0
-        student.backbone.drop_path_rate = teacher.backbone.drop_path_rate = 0.0
+        # On a CPU, samples that drop a branch are left out of its work; which do is in contents
+        # that these tensors do not have. To 2 %, a step in which none does needs the most, if it
+        # takes the sizes of crops apart as drop path does there. A GPU joins them, and leaves no
+        # sample out.
         student.backbone.activation_checkpointing = config.run.activation_checkpointing
+        if cuda:
+            student.backbone.join_sizes = not config.run.activation_checkpointing
+        elif config.model.drop_path_rate > 0:
+            student.backbone.join_sizes = False
+        student.backbone.drop_path_rate = teacher.backbone.drop_path_rate = 0.0
         loss, crops = DINOLoss(config.head.out_dim), _crops(config)
         optimizer = build_optimizer(config.optim.optimizer, parameter_groups(student))
         optimizer.found_inf = torch.zeros(())

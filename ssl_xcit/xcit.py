@@ -299,11 +299,11 @@ class XCiT(nn.Module):
             backward pass: less memory, more time, the same numbers.
         compiled: in training, compile patch embedding and blocks by torch.compile. The blocks are
             alike, so it compiles one of each kind and not as many as there are.
-        may_join_sizes: on a CPU, let small images of several sizes share a pass.
+        join_sizes: whether images of several sizes share a pass; None: where that is quicker.
     """
 
     activation_checkpointing = compiled = False
-    may_join_sizes = True
+    join_sizes: bool | None = None
 
     def __init__(
         self,
@@ -405,14 +405,19 @@ class XCiT(nn.Module):
         return [stage for image, key in pairs for stage in self._through_blocks([image], key)]
 
     def _fit_together(self, images: Sequence[Float[Tensor, "_b d _rows _columns"]]) -> bool:
-        """Whether the tokens of all images in one matrix are quicker than a matrix for each size.
+        """Whether the tokens of all images go in one matrix, or in a matrix for each size.
 
-        On a GPU always. On a CPU each operation's start counts when they are few; when they are
-        many, that they fit into its caches. While samples drop branches there is little to share.
+        On a GPU one is quicker. On a CPU each operation's start counts when they are few; when they
+        are many, that they fit into its caches. While samples drop branches there is little to
+        share. What computes blocks again, to need less memory, holds one size at a time.
         """
-        if len(images) == 1 or images[0].device.type != "cpu":
+        if self.join_sizes is not None:
+            return self.join_sizes
+        if len(images) == 1 or self.activation_checkpointing:
+            return len(images) == 1
+        if images[0].device.type != "cpu":
             return True
-        if not self.may_join_sizes or (self.training and self.drop_path_rate > 0):
+        if self.training and self.drop_path_rate > 0:
             return False
         return sum(image.numel() for image in images) <= TOGETHER_ON_CPU
 

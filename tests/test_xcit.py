@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_xcit import draws, drop_path, lpi, products, tokens, xca, xcit
 from ssl_xcit.draws import stream, uniform
@@ -516,6 +518,10 @@ def test_on_a_cpu_sizes_share_a_pass_while_they_are_small(monkeypatch):
         monkeypatch.setattr(xcit, "TOGETHER_ON_CPU", limit)
         model(images)
     assert seen == [2 * 16 + 2 * 4, 2 * 16, 2 * 4]
+    monkeypatch.undo()
+    model.activation_checkpointing = True  # for less memory: a block of one size at a time
+    model(images)
+    assert seen[3:] == [2 * 16, 2 * 4]
 
 
 def test_batches_of_several_sizes_under_autocast_stay_near_a_pass_for_each():
@@ -944,6 +950,27 @@ def test_checkpointing_keeps_a_fraction_of_the_activations_between_the_passes():
         kept[checkpointing] = sum(size for at, size in sizes.items() if at not in parameters)
         out.sum().backward()
     assert kept[True] < 0.15 * kept[False]
+
+
+@pytest.mark.parametrize("drop", ["nothing", "left out", "multiplied by zero"])
+def test_a_checkpointed_block_repeats_everything_but_its_last_product(drop):
+    keep = torch.tensor([[1, 1, 0, 1, 0], [0, 1, 1, 1, 1], [1, 0, 1, 1, 1.0]])
+    kept = None if drop == "nothing" else dropped(keep / 0.6, 0.4)
+    if drop == "multiplied by zero":  # as on a GPU, where the host does not know the rows
+        kept = tuple(of_branch._replace(rows=None) for of_branch in kept)
+    block, x = XCABlock(24, 3, 4, 1.0).train(), torch.randn(5 * 12, 24, requires_grad=True)
+    arguments = block, x, (Grid(5, 3, 4),), kept
+    with FlopCounterMode(display=False) as forward:
+        out = checkpoint(*arguments, use_reentrant=False)
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    out = block(*arguments[1:])
+    with FlopCounterMode(display=False) as plain:
+        out.sum().backward()
+    samples = 4 if drop == "left out" else 5
+    last = 2 * samples * 12 * 24 * 96
+    forward, backward, plain = (c.get_total_flops() for c in (forward, backward, plain))
+    assert backward - plain == forward - last
 
 
 def test_checkpointing_runs_without_gradients_and_without_keys():
