@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ssl_xcit.products import Linear
+from ssl_xcit.products import Linear, initialise
 from ssl_xcit.prototypes import WeightNormLinear
 
 
@@ -45,10 +45,7 @@ class DINOHead(nn.Module):
             layers += [Linear(before, after), *norm, nn.GELU()]
         last = Linear(widths[-2], bottleneck_dim)
         self.mlp = nn.Sequential(*layers, last) if layers else last
-        for layer in (*layers, last):
-            if isinstance(layer, nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.02)  # cut at +-2, that is, hardly ever
-                nn.init.zeros_(layer.bias)
+        initialise(self.mlp)
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim, not norm_last_layer)
 
     def forward(self, x: Float[Tensor, "b d"]) -> Float[Tensor, "b k"]:

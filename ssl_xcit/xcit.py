@@ -32,7 +32,7 @@ from ssl_xcit.draws import uniform
 from ssl_xcit.drop_path import Kept, add_branch
 from ssl_xcit.errors import UserError
 from ssl_xcit.lpi import LPI
-from ssl_xcit.products import Linear, gelu_linear
+from ssl_xcit.products import Linear, gelu_linear, initialise
 from ssl_xcit.tokens import Grid, join_tokens, split_tokens
 from ssl_xcit.xca import XCA
 
@@ -332,11 +332,8 @@ class XCiT(nn.Module):
         )
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
-        nn.init.trunc_normal_(self.cls_token, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):  # everything else keeps torch's initial values
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.cls_token, std=0.02)
+        initialise(self)  # everything else keeps torch's initial values
 
     def forward(
         self,
