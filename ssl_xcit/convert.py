@@ -14,6 +14,7 @@ import importlib.util
 import logging
 import os
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -98,7 +99,9 @@ def convert(
         out.parent.mkdir(parents=True, exist_ok=True)
         if to in EXPORTS:
             tensors = 0
-            again = _write_onnx(model, temporary) if to == "onnx" else _export(model, temporary)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # some torch warns of what it does itself there
+                again = _write_onnx(model, temporary) if to == "onnx" else _export(model, temporary)
         else:
             tensors = _write_tensors(weights, to, temporary)
             again = _read_again(weights, temporary)

@@ -636,7 +636,8 @@ def test_two_ranks_predict_what_one_process_predicts(betons, run, tmp_path):
     out = tmp_path / "result.json"
     options = ["--save-features", str(tmp_path / "features"), "--out", str(out)]
     command = knn_command(tmp_path, betons, run, *options, ranks=2)
-    subprocess.run(command, check=True, timeout=200, capture_output=True)
+    done = subprocess.run(command, timeout=200, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     assert result["ranks"] == 2
     alone = evaluate_knn(knn_config(betons, checkpoint=str(run), k=(1, 5, 20)))

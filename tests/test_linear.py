@@ -641,9 +641,12 @@ def test_two_ranks_learn_what_one_process_learns(betons, run, finished, tmp_path
             row["held_out_top1"] for row in result[mode]["grid"]
         ]
         one, two = stored(out / mode), stored(tmp_path / "out" / mode)
+        # L-BFGS ends where no entry of the gradient exceeds 1e-5, which rounding moves
+        tolerance = {"official": 1e-5, "fast": 1e-3}[mode]
         for name in ("weight", "bias"):
             scale = one[name].abs().max()
-            torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5 * scale.item())
+            atol = tolerance * scale.item()
+            torch.testing.assert_close(two[name], one[name], rtol=0, atol=atol)
 
 
 def test_a_folder_of_another_evaluation_is_refused(betons, run, tmp_path):

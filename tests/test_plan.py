@@ -115,7 +115,8 @@ def allocated(config):
     step = real_step(config)
     forward_backward(config, *step)  # libraries set themselves up
     step[0].zero_grad(set_to_none=True)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    options = {"profile_memory": True, "acc_events": True}  # torch 2.11 warns without the second
+    with profile(activities=[ProfilerActivity.CPU], **options) as profiler:
         forward_backward(config, *step)
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     live = peak = 0
