@@ -25,7 +25,6 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-@torch.no_grad()
 def initialise(module: nn.Module) -> None:
     """The official start of all linear layers in `module`: normal of deviation 0.02, bias 0.
 

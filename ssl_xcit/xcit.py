@@ -410,9 +410,9 @@ class XCiT(nn.Module):
         """
         if self.join_sizes is not None:
             return self.join_sizes
-        if len(images) == 1 or self.activation_checkpointing:
-            return len(images) == 1
-        if images[0].device.type != "cpu":
+        if self.activation_checkpointing:
+            return False
+        if len(images) == 1 or images[0].device.type != "cpu":
             return True
         if self.training and self.drop_path_rate > 0:
             return False
