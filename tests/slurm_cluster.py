@@ -35,6 +35,8 @@ CPUS = 8  # that each node pretends to have
 REQUEUE_DELAY_S = 5  # the least that SLURM takes; by default a job waits for 120 s
 NODE_TIMEOUT_S = 10  # of silence, then a node counts as down
 GRACE_S = 60  # that a preempted job may run on
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+"""States of a job that will not run again."""
 
 CONFIGURATION = """\
 ClusterName=tests
@@ -51,6 +53,8 @@ SlurmdSpoolDir={folder}/%n/spool
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/%n/slurmd.pid
 SlurmctldLogFile={folder}/log/slurmctld.log
+# It tells of every signal
+SlurmctldDebug=verbose
 SlurmdLogFile={folder}/%n/slurmd.log
 # A container has no cgroups to track processes by
 ProctrackType=proctrack/linuxproc
@@ -181,15 +185,20 @@ class SlurmCluster(AbstractContextManager):
         """PENDING, RUNNING, COMPLETING, COMPLETED, FAILED, CANCELLED, TIMEOUT, NODE_FAIL, ..."""
         return self.job(job_id)["JobState"]
 
-    def wait_for(self, job_id: str, *states: str, timeout_s: float = 120) -> str:
+    def wait_for(self, job_id: str, *states: str, timeout_s: float = 300) -> str:
         """Wait until the job is in one of `states` (by default: has ended); which."""
-        wanted = states or ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        wanted = states or ENDED
         end = time.monotonic() + timeout_s
         while (state := self.state(job_id)) not in wanted:
             if time.monotonic() > end:
                 raise TimeoutError(f"job {job_id} is {state} after {timeout_s:g} s, not {wanted}")
             time.sleep(0.2)
         return state
+
+    def has_signalled(self, job_id: str, number: int) -> bool:
+        """Whether SLURM has sent the job this signal, of its own accord or for somebody."""
+        log = (self.folder / "log/slurmctld.log").read_text(errors="replace")
+        return f"job_signal: {number:d} of running JobId={job_id} successful" in log
 
     def tasks(self, job_id: str) -> list[int]:
         """Process ids of a job's running tasks."""
