@@ -44,6 +44,7 @@ class Case(NamedTuple):
     bottleneck: int = 256
     drop_path: float = 0.1
     chunk: int = 0
+    in_turn: bool = False
 
 
 CASES = {
@@ -53,13 +54,19 @@ CASES = {
     "nano_12_p16": Case("xcit_nano_12_p16", 16),
     "nano_32": Case("xcit_nano_12_p8", 64, (32, 16), 3, 1024, 512, 128, 0.0),  # the demo
 }
-OURS = {  # settings of class Run, and a chunk of prototypes
+OURS = {  # settings of class Run, a chunk of prototypes, and whether the crops go in turn
     "ours fp32": {},
     "ours bf16": {"precision": "bf16"},
     "ours fp32 compiled": {"compile": True},
     "ours bf16 compiled": {"precision": "bf16", "compile": True},
     "ours bf16 chunked": {"precision": "bf16", "prototype_chunk": 8192},
     "ours bf16 checkpointed": {"precision": "bf16", "activation_checkpointing": True},
+    "ours bf16 in turn": {"precision": "bf16", "in_turn": True},
+    "ours bf16 in turn checkpointed": {
+        "precision": "bf16",
+        "in_turn": True,
+        "activation_checkpointing": True,
+    },
 }
 DEFAULT = ("fp32", "bf16", "ours fp32", "ours bf16")
 
@@ -144,7 +151,7 @@ def compare(args: argparse.Namespace, name: str, case: Case, yardstick: str) -> 
         "GFLOP/s"
     )
     print(
-        f"{'':24}{'s/step':>8}{'CPU s':>8}{'img/s':>8}{'GFLOP/s':>9}{'share':>7}{'peak MB':>9}"
+        f"{'':32}{'s/step':>8}{'CPU s':>8}{'img/s':>8}{'GFLOP/s':>9}{'share':>7}{'peak MB':>9}"
         f"{'time':>7}{'CPU':>7}{'memory':>8}{'warm-up s':>11}"
     )
     base = None
@@ -157,7 +164,7 @@ def compare(args: argparse.Namespace, name: str, case: Case, yardstick: str) -> 
         rate = facts["flops"] / wall
         product = facts["rate_fp32" if "fp32" in program else "rate_bf16"]
         print(
-            f"{program:24}{wall:8.3f}{cpu:8.3f}{case.batch / wall:8.2f}{rate / 1e9:9.1f}"
+            f"{program:32}{wall:8.3f}{cpu:8.3f}{case.batch / wall:8.2f}{rate / 1e9:9.1f}"
             f"{rate / product:7.2f}{peak / 1e6:9.0f}{wall / base[0]:7.2f}{cpu / base[1]:7.2f}"
             f"{peak / base[2]:8.2f}{warmups[program]:11.1f}",
             flush=True,
@@ -253,6 +260,7 @@ def settings(case: Case, run: dict, folder: Path, device: str) -> object:
             global_crops_size=case.sides[0],
             local_crops_size=case.sides[1],
             local_crops_number=case.local_crops,
+            crops_in_turn=case.in_turn,
         ),
         model=Model(drop_path_rate=case.drop_path),
         head=Head(
@@ -281,8 +289,9 @@ def ours(case: Case, run: dict, device: str) -> object:
     from ssl_xcit.guard import BatchStatistics
     from ssl_xcit.train import Pretraining
 
-    case = case._replace(chunk=run.get("prototype_chunk", case.chunk))
-    run = {name: value for name, value in run.items() if name != "prototype_chunk"}
+    run = dict(run)
+    chunk, in_turn = run.pop("prototype_chunk", case.chunk), run.pop("in_turn", case.in_turn)
+    case = case._replace(chunk=chunk, in_turn=in_turn)
     with tempfile.TemporaryDirectory() as folder:
         config = settings(case, run, Path(folder), device)
         images = Path(folder) / "images" / "noise"

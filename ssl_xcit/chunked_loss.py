@@ -33,12 +33,16 @@ def chunked_loss(
     center: Float[Tensor, "1 k"],
     temperatures: Temperatures,
     chunk: int,
+    views: range | None = None,
+    total: int | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "1 k"]]:
     """What `DINOLoss` makes of the logits of these vectors, and the mean of the teacher's logits.
 
-    Both are view-major as there; `chunk` prototypes are seen at a time. Under autocast the products
-    are of rounded numbers and all else is float32, as in `WeightNormLinear`.
+    Both are view-major as there, of all views or of some `views` of `total`; `chunk` prototypes are
+    seen at a time. Under autocast the products are of rounded numbers and all else is float32, as
+    in `WeightNormLinear`.
     """
+    views = range(2 * len(student_vectors) // len(teacher_vectors)) if views is None else views
     weights = student_layer.trained_weights()
     loss, mean = _ChunkedLoss.apply(
         student_vectors,
@@ -50,6 +54,8 @@ def chunked_loss(
         center,
         temperatures,
         chunk,
+        views,
+        len(views) if total is None else total,
     )
     return loss, mean
 
@@ -78,7 +84,9 @@ class _ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x, v, g, frozen, tx, tv, tg, center, temperatures, chunk):
+    def forward(
+        ctx: FunctionCtx, x, v, g, frozen, tx, tv, tg, center, temperatures, chunk, views, total
+    ):
         low = compute_dtype(x)
         with without_autocast(x):
             length = torch.linalg.vector_norm(v, dim=1)
@@ -97,18 +105,16 @@ class _ChunkedLoss(torch.autograd.Function):
                 logits = student.chunk(piece)[1] / temperatures.student
                 weights, shrink = of_teacher.add(targets)  # exp(targets - the largest so far)
                 inner *= shrink.view(2, n)
-                inner += (weights.unflatten(0, (2, n)) * _compared(logits, n)).sum(-1)
+                inner += (weights.unflatten(0, (2, n)) * _compared(logits, n, views)).sum(-1)
                 of_student.add(logits)
-            views = len(x) // n
-            counts = _counts(views, x)
-            pairs = n * (2 * views - 2)
-            entropies = (counts * of_student.logsumexp().view(views, n)).sum()
+            pairs = n * (2 * total - 2)
+            entropies = (_counts(views, x) * of_student.logsumexp().view(-1, n)).sum()
             loss = (entropies - (inner / of_teacher.total.view(2, n)).sum()) / pairs
         ctx.save_for_backward(
             *(x, v, g, length, tx, tv, teacher.scale, center),
             *(of_student.logsumexp(), of_teacher.logsumexp()),
         )
-        ctx.facts = low, temperatures, chunk, pairs, frozen
+        ctx.facts = low, temperatures, chunk, pairs, frozen, views
         ctx.mark_non_differentiable(mean)
         return loss, mean
 
@@ -116,11 +122,10 @@ class _ChunkedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Float[Tensor, ""], _: Tensor):
         x, v, g, length, tx, tv, t_scale, center, s_lse, t_lse = ctx.saved_tensors
-        low, temperatures, chunk, pairs, frozen = ctx.facts
+        low, temperatures, chunk, pairs, frozen, views = ctx.facts
         scale = g[:, 0] / length
         student, teacher = _Logits(x, v, scale, low), _Logits(tx, tv, t_scale, low)
-        n = len(tx) // 2
-        views = len(x) // n
+        n, globals_ = len(tx) // 2, _globals(views)
         counts = _counts(views, x)[..., None]
         wants_v, wants_g = (want and not frozen for want in ctx.needs_input_grad[1:3])
         grad_x = torch.zeros_like(x, dtype=scale.dtype)
@@ -131,9 +136,10 @@ class _ChunkedLoss(torch.autograd.Function):
             targets = (targets - t_lse[:, None]).exp_().unflatten(0, (2, n))
             product, logits = student.chunk(piece)
             p = (logits / temperatures.student - s_lse[:, None]).exp_()
-            by_view = p.view(views, n, -1).mul_(counts)
-            by_view[:2] -= targets.flip(0)  # global views learn from each other
-            by_view[2:] -= targets.sum(0)
+            by_view = p.view(len(views), n, -1).mul_(counts)
+            if globals_:
+                by_view[:globals_] -= targets.flip(0)  # they learn from each other
+            by_view[globals_:] -= targets.sum(0)
             d = by_view.flatten(0, 1).mul_(grad / (pairs * temperatures.student))
             scaled = d * scale[piece]
             grad_x += linear(scaled.to(low), v[piece].to(low).mT)
@@ -149,7 +155,7 @@ class _ChunkedLoss(torch.autograd.Function):
         if frozen and ctx.needs_input_grad[1]:  # several ranks, whose reduction expects gradients
             grad_v = v.new_zeros(1).expand_as(v)
             grad_g = g.new_zeros(1).expand_as(g) if ctx.needs_input_grad[2] else None
-        return grad_x.to(x.dtype), grad_v, grad_g, *[None] * 7
+        return grad_x.to(x.dtype), grad_v, grad_g, *[None] * 9
 
 
 class _RunningSum:
@@ -173,17 +179,23 @@ class _RunningSum:
         return self.largest + self.total.log()
 
 
-def _compared(logits: Float[Tensor, "vn c"], n: int) -> Float[Tensor, "2 n c"]:
+def _globals(views: range) -> int:
+    """How many of them are global, which come first: 2 or 0."""
+    return sum(view < 2 for view in views)
+
+
+def _compared(logits: Float[Tensor, "vn c"], n: int, views: range) -> Float[Tensor, "2 n c"]:
     """What each of the teacher's views is compared with: the other global view and the local ones,
     summed."""
-    views = logits.unflatten(0, (-1, n))
-    return views[:2].flip(0) + views[2:].sum(0)
+    by_view, globals_ = logits.unflatten(0, (-1, n)), _globals(views)
+    of_locals = by_view[globals_:].sum(0).expand(2, -1, -1)
+    return by_view[:globals_].flip(0) + of_locals if globals_ else of_locals
 
 
-def _counts(views: int, like: Tensor) -> Float[Tensor, "v 1"]:
+def _counts(views: range, like: Tensor) -> Float[Tensor, "v 1"]:
     """With how many targets each view is compared."""
-    counts = torch.full((views, 1), 2.0, device=like.device)
-    counts[:2] = 1
+    counts = torch.full((len(views), 1), 2.0, device=like.device)
+    counts[: _globals(views)] = 1
     return counts
 
 

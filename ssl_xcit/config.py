@@ -46,6 +46,7 @@ RUN_KEYS_THAT_MAY_CHANGE = frozenset(
         "run.num_workers",
         "run.compile",
         "run.activation_checkpointing",
+        "crops.crops_in_turn",
         "head.prototype_chunk",
         "run.log_every",
         "run.save_every",
@@ -152,6 +153,8 @@ class Crops:
     """Subtracted from each channel (pixel values in [0, 1])."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     """Divides each channel after that."""
+    crops_in_turn: bool = False
+    """Global crops go through their backward pass before local ones are looked at: less memory."""
 
     def __post_init__(self) -> None:
         check(self, ">= 1", "global_crops_size", "local_crops_size")
@@ -164,8 +167,9 @@ class Crops:
         check_range(self, "global_crops_scale", "local_crops_scale", "blur_sigma")
 
     def view_arguments(self) -> dict[str, options.Value]:
-        """The arguments of `augment.dino_views`: all but how pixels are normalised."""
-        return {k: v for k, v in options.flat(self).items() if k not in ("mean", "std")}
+        """The arguments of `augment.dino_views`: all but what happens to the views."""
+        others = ("mean", "std", "crops_in_turn")
+        return {k: v for k, v in options.flat(self).items() if k not in others}
 
 
 @dataclass(frozen=True)
@@ -373,6 +377,11 @@ class TrainConfig:
                     f"{name} must have in_chans = {self.model.in_chans} numbers, got "
                     f"{options.as_text(value)}"
                 )
+        if self.crops.crops_in_turn and self.head.use_bn_in_head:
+            raise UserError(
+                "head.use_bn_in_head normalises over all views at once, crops.crops_in_turn takes "
+                "them size by size: switch one of them off"
+            )
 
 
 @dataclass(frozen=True)

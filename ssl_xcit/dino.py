@@ -6,6 +6,7 @@ constants as in facebookresearch/dino. `ssl_xcit.train.Pretraining` puts the pie
 
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -90,6 +91,32 @@ class MultiCropWrapper(nn.Module):
         return head(self.backbone(images, **extra))
 
 
+class Part(NamedTuple):
+    """The views that the student sees in one pass."""
+
+    crops: list[Float[Tensor, "_v n c _h _w"]]
+    keys: list[Int[Tensor, "_v n"]] | None  # of drop path
+    views: range  # their numbers
+    total: int  # views of a sample, those of other parts included
+
+
+def split_crops(
+    crops: list[Float[Tensor, "_v n c _h _w"]],
+    keys: list[Int[Tensor, "_v n"]] | None,
+    in_turn: bool,
+) -> list[Part]:
+    """The student's passes, in order: a size at a time if `in_turn`, else all at once."""
+    total = sum(map(len, crops))
+    if not in_turn:
+        return [Part(crops, keys, range(total), total)]
+    parts, first = [], 0
+    for i, crop in enumerate(crops):
+        streams = None if keys is None else [keys[i]]
+        parts.append(Part([crop], streams, range(first, first + len(crop)), total))
+        first += len(crop)
+    return parts
+
+
 class DINOLoss(nn.Module):
     """Cross entropy between teacher and student distributions of different views of an image.
 
@@ -110,10 +137,14 @@ class DINOLoss(nn.Module):
         student_logits: Float[Tensor, "vn k"],
         teacher_logits: Float[Tensor, "tn k"],
         teacher_temp: float,
+        views: range | None = None,
+        total: int | None = None,
     ) -> Float[Tensor, ""]:
         """The loss, with the centre as it is: move it afterwards by `update_center`.
 
-        Both logits are view-major; views 0 and 1 are the global ones, seen by both networks.
+        Both logits are view-major; views 0 and 1 are the global ones, seen by both networks. The
+        student's are of all V views, or of some `views` (0 and 1 both or neither) of `total`: then
+        it is their part of the sum.
 
             for each sample b, each teacher view t in (0, 1), each student view v != t:
                 q = softmax((teacher_logits[t, b] - center) / teacher_temp)
@@ -124,12 +155,13 @@ class DINOLoss(nn.Module):
         (float64 from float64 logits). Starts near ln K; stuck there, the outputs are uniform.
         """
         n, remainder = divmod(len(teacher_logits), 2)
-        views = len(student_logits) // n
+        views = range(len(student_logits) // n) if views is None else views
+        total = len(views) if total is None else total
         assert remainder == 0, f"{len(teacher_logits)} teacher logits are not two views"
-        assert views >= 2, f"{len(student_logits)} student logits for {n} samples"
-        assert len(student_logits) == views * n, "the views hold different numbers of samples"
+        assert total >= 2, f"{len(student_logits)} student logits for {n} samples"
+        assert len(student_logits) == len(views) * n, "the views hold different numbers of samples"
         targets = teacher_probs(teacher_logits, self.center, teacher_temp)  # (2 n, k)
-        return _CrossEntropy.apply(student_logits, targets, self.student_temp)
+        return _CrossEntropy.apply(student_logits, targets, self.student_temp, views, total)
 
     @torch.no_grad()
     def update_center(
@@ -160,33 +192,34 @@ class _CrossEntropy(torch.autograd.Function):
         student_logits: Float[Tensor, "vn k"],
         targets: Float[Tensor, "tn k"],
         student_temp: float,
+        views: range,
+        total: int,
     ) -> Float[Tensor, ""]:
         n = len(targets) // 2
-        views = len(student_logits) // n
         first, second = targets.split(n)
-        both = first + second if views > 2 else None
+        both = first + second if max(views) > 1 else None
         dtype = torch.promote_types(student_logits.dtype, torch.float32)
-        pairs = n * (2 * views - 2)
+        pairs = n * (2 * total - 2)
         gradient = torch.empty_like(student_logits) if ctx.needs_input_grad[0] else None
-        total = targets.new_zeros((), dtype=dtype)
-        for view, logits in enumerate(student_logits.split(n)):
+        loss = targets.new_zeros((), dtype=dtype)
+        for i, (view, logits) in enumerate(zip(views, student_logits.split(n), strict=True)):
             target = (second, first)[view] if view < 2 else both
             log_p = (logits.to(dtype) / student_temp).log_softmax(dim=1)
-            total -= (target * log_p).sum()
+            loss -= (target * log_p).sum()
             if gradient is not None:
                 by_view = log_p.exp_().mul_(1 if view < 2 else 2).sub_(target)
-                rows = gradient[view * n : (view + 1) * n]
+                rows = gradient[i * n : (i + 1) * n]
                 torch.mul(by_view, 1 / (student_temp * pairs), out=rows)
         ctx.save_for_backward(gradient)
-        return total / pairs
+        return loss / pairs
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: torch.autograd.function.FunctionCtx, grad: Float[Tensor, ""]
-    ) -> tuple[Tensor, None, None]:
+    ) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad, None, None
+        return gradient * grad, None, None, None, None
 
 
 @torch.no_grad()

@@ -18,8 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from ssl_xcit import distributed
 from ssl_xcit.config import TrainConfig
@@ -32,7 +31,7 @@ from ssl_xcit.run_folder import claim_folder
 from ssl_xcit.run_log import Log
 from ssl_xcit.saving import Saver, capture, resume
 from ssl_xcit.signals import Stopped, StopSignals
-from ssl_xcit.task import Task
+from ssl_xcit.task import Task, keep_gradients
 from ssl_xcit.watch import Watch
 
 
@@ -186,7 +185,7 @@ def train_step(
     means = torch.zeros(len(task.meters.names) - 1, device=task.ranks.device)
     for micro in range(accumulation):
         last = micro == accumulation - 1
-        with _reduce_gradients_at_end(task.model, last):
+        with contextlib.nullcontext() if last else keep_gradients(task.model):
             loss, others = task.loss(next(batches), step, micro)
             means += torch.stack([loss.detach(), *others]) / accumulation
             if last:  # under way while the gradients are computed
@@ -229,13 +228,6 @@ class SharedMeans:
         return means.view(self.shape), flags[0] > 0, flags[1] > 0
 
 
-def _reduce_gradients_at_end(model: nn.Module, last: bool) -> AbstractContextManager:
-    """Gradients cross the network once per step, with the last micro-batch's backward."""
-    if isinstance(model, DistributedDataParallel) and not last:
-        return model.no_sync()
-    return contextlib.nullcontext()
-
-
 class out_of_memory_advice(AbstractContextManager):  # noqa: N801 - reads as a statement
     """Turns running out of memory into one line that names the options to change.
 
@@ -250,11 +242,15 @@ class out_of_memory_advice(AbstractContextManager):  # noqa: N801 - reads as a s
             isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
         )
         if exhausted:
-            optim = self.config.optim
-            others = (*self.others, f"--precision {self.config.run.precision}")
+            optim, run = self.config.optim, self.config.run
+            others = (*self.others, f"--precision {run.precision}")
+            savers = ["--activation_checkpointing true"] * (not run.activation_checkpointing)
+            if isinstance(self.config, TrainConfig) and not self.config.crops.crops_in_turn:
+                savers.insert(0, "--crops_in_turn true")
+            again = f", give {' or '.join(savers)}" if savers else ""
             raise UserError(
                 f"out of memory at --batch_size_per_gpu {optim.batch_size_per_gpu} with "
                 f"--accumulation_steps {optim.accumulation_steps}, {', '.join(others)}: "
-                "halve the batch and double the accumulation for the same result, or lower the "
-                "others"
+                f"halve the batch and double the accumulation for the same result{again}, or lower "
+                "the others"
             ) from error

@@ -1,5 +1,6 @@
 """What the engine trains: a `Task` says what a step's loss is, the engine does all the rest."""
 
+import contextlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +26,7 @@ from ssl_xcit.verdict import Verdict
 
 
 class StepLoss(NamedTuple):
-    """A micro-batch's loss, to be differentiated, and what else the log averages."""
+    """A micro-batch's loss, still to be differentiated, and what else the log averages."""
 
     loss: Float[Tensor, ""]
     statistics: tuple[Float[Tensor, ""], ...] = ()
@@ -36,8 +37,9 @@ class Task(ABC):
 
         loss (per micro-batch), backward -> clip -> before_update -> optimiser -> after_update
 
-    Only `loss` sees micro-batches; what moves once per step moves in `after_update`. A task draws
-    no number from a generator with a history, and keeps nothing between steps but `tensors()`.
+    `loss` may have made the gradients of a part of it already. Only it sees micro-batches; what
+    moves once per step moves in `after_update`. A task draws no number from a generator with a
+    history, and keeps nothing between steps but `tensors()`.
 
     Attributes:
         kind: what a run folder of it is called.
@@ -192,6 +194,13 @@ def distribute(model: nn.Module, ranks: Distributed) -> nn.Module:
     if ranks.device.type == "cpu":
         distributed_model.register_comm_hook(None, mean_in_rank_order)
     return distributed_model
+
+
+def keep_gradients(model: nn.Module) -> AbstractContextManager:
+    """Gradients stay on their rank: they cross the network with a step's last backward pass."""
+    if isinstance(model, DistributedDataParallel):
+        return model.no_sync()
+    return contextlib.nullcontext()
 
 
 def mean_in_rank_order(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

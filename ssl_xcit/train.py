@@ -1,6 +1,7 @@
 """Pretraining: `train(config)`, and the task it gives to the engine, DINO's Algorithm 1."""
 
 import copy
+import itertools
 import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from ssl_xcit.checkpoint import StateDict
 from ssl_xcit.chunked_loss import Temperatures, chunked_loss
 from ssl_xcit.config import TrainConfig
 from ssl_xcit.diagnostics import batch_means, health, means_size
-from ssl_xcit.dino import DINOLoss, update_teacher
+from ssl_xcit.dino import DINOLoss, Part, split_crops, update_teacher
 from ssl_xcit.distributed import Distributed
 from ssl_xcit.engine import out_of_memory_advice, run_task
 from ssl_xcit.errors import UserError
@@ -27,7 +28,14 @@ from ssl_xcit.metrics import RunningMeans
 from ssl_xcit.networks import dino_network
 from ssl_xcit.optim import build_optimizer, freeze_last_layer, parameter_groups
 from ssl_xcit.probe import Probe
-from ssl_xcit.task import Checked, StepLoss, Task, distribute, share_batch_statistics
+from ssl_xcit.task import (
+    Checked,
+    StepLoss,
+    Task,
+    distribute,
+    keep_gradients,
+    share_batch_statistics,
+)
 from ssl_xcit.verdict import Verdict, verdict
 
 METERS = ("train/loss", "train/grad_norm")
@@ -146,7 +154,11 @@ class Pretraining(Task):
         }
 
     def loss(self, batch: tuple[Tensor, ...], step: int, micro: int) -> StepLoss:
-        """DINO's loss of a micro-batch, and its share of the mean teacher logits."""
+        """DINO's loss of a micro-batch, and its share of the mean teacher logits.
+
+        With `crops_in_turn` the gradients of the global crops' part have been added up when it
+        returns: what that pass kept for them is free before the local crops' pass.
+        """
         config, (global_crops, local_crops, indices) = self.config, batch
         teacher_temp = self.hyperparameters(step)["teacher_temp"]
         mean, std = config.crops.mean, config.crops.std
@@ -156,21 +168,36 @@ class Pretraining(Task):
         epoch = step // self.steps_per_epoch
         frozen = schedules.last_layer_frozen(epoch, config.optim.freeze_last_layer)
         self.bare_model.head.last_layer.frozen = frozen
+        accumulation = config.optim.accumulation_steps
+        chunk = config.head.prototype_chunk
+        with self.autocast(), torch.no_grad():
+            teacher_features = self.teacher.backbone(crops[0].flatten(0, 1))
+            head = self.teacher.head.unit_vectors if chunk else self.teacher.head
+            teacher_outputs = head(teacher_features)
+        compare = self._compare_by_chunks if chunk else self._compare
+        *early, last = split_crops(crops, keys, config.crops.crops_in_turn)
+        losses, student_logits = [], []
+        for part in early:
+            with keep_gradients(self.model):
+                with self.autocast():
+                    found = compare(part, teacher_outputs, teacher_temp)
+                (found.loss / accumulation).backward()
+            losses.append(found.loss.detach())
+            student_logits.append(found.student_logits)
         with self.autocast():
-            with torch.no_grad():
-                teacher_features = self.teacher.backbone(crops[0].flatten(0, 1))
-            compare = self._compare_by_chunks if config.head.prototype_chunk else self._compare
-            loss, teacher_mean, *logits = compare(crops, keys, teacher_features, teacher_temp)
+            found = compare(last, teacher_outputs, teacher_temp)
+        loss = sum(losses, found.loss)
+        student_logits.append(found.student_logits)
         with torch.no_grad():
             if micro == 0:
                 self.teacher_mean.zero_()
-            accumulation = config.optim.accumulation_steps
-            self.teacher_mean += teacher_mean / accumulation
+            self.teacher_mean += found.teacher_mean / accumulation
             self.to_share = [self.teacher_mean]
             if self.recorded(step):
                 if micro == 0:
                     self.health_means.zero_()
                 temperatures = self.dino_loss.student_temp, teacher_temp
+                logits = itertools.chain(*student_logits), found.teacher_logits
                 center = self.dino_loss.center
                 with self.autocast():
                     means = batch_means(loss, *logits, teacher_features, center, temperatures)
@@ -179,32 +206,20 @@ class Pretraining(Task):
         return StepLoss(loss)
 
     def _compare(
-        self,
-        crops: list[Tensor],
-        keys: list[Tensor] | None,
-        teacher_features: Float[Tensor, "tn d"],
-        teacher_temp: float,
+        self, part: Part, teacher_logits: Float[Tensor, "tn k"], teacher_temp: float
     ) -> Comparison:
-        """From the logits of all views at once."""
-        with torch.no_grad():
-            teacher_logits = self.teacher.head(teacher_features)
-        student_logits = self.model(crops, keys)
-        loss = self.dino_loss(student_logits, teacher_logits, teacher_temp)
-        n = crops[0].size(1)
+        """From the logits of all prototypes at once."""
+        student_logits = self.model(part.crops, part.keys)
+        loss = self.dino_loss(student_logits, teacher_logits, teacher_temp, part.views, part.total)
+        n = len(teacher_logits) // 2
         mean = teacher_logits.mean(0, keepdim=True)
-        return Comparison(loss, mean, student_logits.split(n), teacher_logits.split(n))
+        return Comparison(loss, mean, student_logits.detach().split(n), teacher_logits.split(n))
 
     def _compare_by_chunks(
-        self,
-        crops: list[Tensor],
-        keys: list[Tensor] | None,
-        teacher_features: Float[Tensor, "tn d"],
-        teacher_temp: float,
+        self, part: Part, teacher_vectors: Float[Tensor, "tn e"], teacher_temp: float
     ) -> Comparison:
         """The same with `prototype_chunk` prototypes at a time."""
-        with torch.no_grad():
-            teacher_vectors = self.teacher.head.unit_vectors(teacher_features)
-        student_vectors = self.model(crops, keys, unit_vectors=True)
+        student_vectors = self.model(part.crops, part.keys, unit_vectors=True)
         layers = self.bare_model.head.last_layer, self.teacher.head.last_layer
         loss, mean = chunked_loss(
             student_vectors,
@@ -214,10 +229,12 @@ class Pretraining(Task):
             self.dino_loss.center,
             Temperatures(self.dino_loss.student_temp, teacher_temp),
             self.config.head.prototype_chunk,
+            part.views,
+            part.total,
         )
         # For the log, which looks at one view after the other
         vectors = (student_vectors.detach(), teacher_vectors)
-        n = crops[0].size(1)
+        n = len(teacher_vectors) // 2
         logits = (map(layer, v.split(n)) for layer, v in zip(layers, vectors, strict=True))
         return Comparison(loss, mean, *logits)
 

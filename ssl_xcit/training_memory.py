@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from ssl_xcit.config import TrainConfig
 from ssl_xcit.diagnostics import batch_means
-from ssl_xcit.dino import DINOLoss, MultiCropWrapper
+from ssl_xcit.dino import DINOLoss, MultiCropWrapper, split_crops
 from ssl_xcit.networks import dino_network
 from ssl_xcit.optim import build_optimizer, clip_gradients, parameter_groups
 from ssl_xcit.xcit import FourierPositions
@@ -118,16 +118,22 @@ def forward_backward(
 ) -> None:
     """A micro-batch's part of a step, as `ssl_xcit.train.Pretraining.loss` and the engine do it."""
     temperature = config.loss.teacher_temp
-    with torch.autocast("cpu", torch.bfloat16, config.run.precision == "bf16"):
-        with torch.no_grad():
-            teacher_features = teacher.backbone(crops[0].flatten(0, 1))
-            teacher_logits = teacher.head(teacher_features)
-        student_logits = student(crops)
-        loss = dino_loss(student_logits, teacher_logits, temperature)
+    autocast = torch.autocast("cpu", torch.bfloat16, config.run.precision == "bf16")
+    with autocast, torch.no_grad():
+        teacher_features = teacher.backbone(crops[0].flatten(0, 1))
+        teacher_logits = teacher.head(teacher_features)
     n, temperatures = config.optim.batch_size_per_gpu, (dino_loss.student_temp, temperature)
-    views = [logits.split(n) for logits in (student_logits, teacher_logits)]
+    student_logits = []
+    for part in split_crops(crops, None, config.crops.crops_in_turn):
+        if student_logits:
+            loss.backward()
+        with autocast:
+            logits = student(part.crops)
+            loss = dino_loss(logits, teacher_logits, temperature, part.views, part.total)
+        student_logits += logits.detach().split(n)
+    views = student_logits, teacher_logits.split(n)
     batch_means(loss, *views, teacher_features, dino_loss.center, temperatures)  # if logged
-    del student_logits, views
+    del logits, student_logits, views
     loss.backward()
 
 

@@ -55,6 +55,22 @@ def test_loss_mean_and_gradients_are_those_of_a_loop_over_pairs_of_views(chunk, 
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+def test_parts_of_the_views_add_up_to_the_loop():
+    x, layer, tx, teacher, center = problem()
+    wanted = x, layer.weight_v, layer.weight_g
+    logits = by_rows(x, layer).unflatten(0, (-1, N)), by_rows(tx, teacher).unflatten(0, (2, N))
+    expected = naive_loss(*logits, center[0], TEMPERATURES.student, TEMPERATURES.teacher)
+    values, gradients = [], []
+    for views in (range(2), range(2, 6)):
+        part = x[views.start * N : views.stop * N]
+        arguments = part, layer, tx, teacher, center, TEMPERATURES, 5, views, 6
+        values.append(chunked_loss(*arguments)[0])
+        gradients.append(torch.autograd.grad(values[-1], wanted))
+    torch.testing.assert_close(sum(values), expected, rtol=1e-12, atol=1e-12)
+    for *parts, whole in zip(*gradients, torch.autograd.grad(expected, wanted), strict=True):
+        torch.testing.assert_close(sum(parts), whole, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("local", [0, 2])
 def test_it_passes_gradcheck(local):
     x, layer, tx, teacher, center = problem(local)

@@ -545,11 +545,16 @@ def test_differences_name_the_key_and_both_values():
     assert config_differences(old, old) == []
 
 
+def test_crops_in_turn_are_refused_where_the_head_normalises_over_all_views():
+    flags = ["--crops_in_turn", "true", "--use_bn_in_head", "true"]
+    assert "switch one of them off" in fails(TrainConfig, [*GIVEN, *flags])
+
+
 def test_only_what_does_not_change_the_science_may_change():
     may = {
         *("out", "optim.batch_size_per_gpu", "optim.accumulation_steps"),
         *("run.device", "run.num_workers", "run.compile", "run.log_every"),
-        *("run.activation_checkpointing", "head.prototype_chunk"),
+        *("run.activation_checkpointing", "crops.crops_in_turn", "head.prototype_chunk"),
         *("run.save_every", "run.keep_last", "run.saveckp_freq"),
         *("run.max_bad_steps", "run.stall_timeout", "run.tensorboard", "run.wandb"),
         *(name for name in options.leaves(TrainConfig) if name.startswith("probe.")),

@@ -258,6 +258,21 @@ def test_loss_and_gradient_are_those_of_the_naive_loop(n, local, student_temp, t
     torch.testing.assert_close(student.grad.double(), reference.grad, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("local", [1, 8])
+def test_parts_of_the_views_add_up_to_the_naive_loop(local):
+    student, teacher, center = logits_of(3, local, 13, torch.float64)
+    expected = naive_loss(student.requires_grad_(), teacher, center[0], 0.1, 0.04)
+    (gradient,) = torch.autograd.grad(expected, student)
+    loss, found = loss_with(center), []
+    for views in (range(2), range(2, 2 + local)):
+        part = student[views.start : views.stop].detach().flatten(0, 1).requires_grad_()
+        value = loss(part, teacher.flatten(0, 1), 0.04, views, 2 + local)
+        found.append((value.detach(), *torch.autograd.grad(value, part)))
+    values, gradients = zip(*found, strict=True)
+    torch.testing.assert_close(sum(values), expected.detach(), rtol=1e-13, atol=0)
+    torch.testing.assert_close(torch.cat(gradients), gradient.flatten(0, 1), rtol=1e-10, atol=1e-12)
+
+
 def test_loss_is_the_naive_loop_to_float64_precision():
     student, teacher, center = logits_of(3, 8, 50, torch.float64)
     value = loss_with(center)(student.flatten(0, 1), teacher.flatten(0, 1), 0.04)

@@ -82,11 +82,11 @@ distributed.teardown()
 """
 
 
-def one_step(photos, folder, world, batch, accumulation, dtype, sync_bn) -> list[dict]:
+def one_step(photos, folder, world, batch, accumulation, dtype, sync_bn, **others) -> list[dict]:
     """What each rank holds after a step of the global batch of 8."""
     assert world * batch * accumulation == 8
     folder.mkdir()
-    settings = SETTINGS | {"data": photos, "out": folder / "run", "sync_bn": sync_bn}
+    settings = SETTINGS | {"data": photos, "out": folder / "run", "sync_bn": sync_bn} | others
     settings |= {"batch_size_per_gpu": batch, "accumulation_steps": accumulation}
     flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
@@ -131,6 +131,23 @@ def test_ranks_and_accumulation_change_no_gradient_centre_or_average(photos, tmp
             found = ranks[0][name]
             torch.testing.assert_close(
                 found, tensor, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+def test_crops_in_turn_change_no_gradient_centre_or_average_of_several_ranks(photos, tmp_path):
+    """Nor the running statistics: the global crops' move them first in either case."""
+    shape, plain = ("float64", True), {"use_bn_in_head": "false"}
+    (alone,) = one_step(photos, tmp_path / "whole", 1, 8, 1, *shape, **plain)
+    ranks = one_step(photos, tmp_path / "ranks", 2, 2, 2, "float64", False, **plain)
+    in_turn = one_step(
+        photos, tmp_path / "turn", 2, 2, 2, "float64", False, **plain, crops_in_turn="true"
+    )
+    one = one_step(photos, tmp_path / "one", 1, 8, 1, *shape, **plain, crops_in_turn="true")
+    for whole, parts in ((alone, one[0]), *zip(ranks, in_turn, strict=True)):
+        assert whole.keys() == parts.keys()
+        for name, tensor in whole.items():
+            torch.testing.assert_close(
+                parts[name], tensor, rtol=0, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
             )
 
 

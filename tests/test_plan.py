@@ -140,6 +140,24 @@ def test_checkpointed_activations_are_planned_to_the_byte_and_are_a_fraction(mem
     assert 0.8 * allocated(config) < planned.passes <= allocated(config)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_crops_in_turn_are_planned_to_the_byte_and_need_less(checkpointing):
+    whole = changed(SMALL, "run", activation_checkpointing=checkpointing)
+    in_turn = changed(whole, "crops", crops_in_turn=True)
+    planned = training_memory(in_turn, 1, cuda=False).passes
+    assert planned == pytest.approx(real_passes(in_turn), rel=1e-3)
+    assert planned < training_memory(whole, 1, cuda=False).passes
+
+
+def test_crops_in_turn_need_the_activations_of_one_size():
+    """Those of the recipe's local crops are half of all; at this batch they are what counts."""
+    recipe = dataclasses.replace(SMALL, crops=Crops(), optim=Optim(batch_size_per_gpu=32))
+    in_turn = training_memory(changed(recipe, "crops", crops_in_turn=True), 1, cuda=False).passes
+    alone = training_memory(changed(recipe, "crops", local_crops_number=0), 1, cuda=False).passes
+    whole = training_memory(recipe, 1, cuda=False).passes
+    assert in_turn < 1.05 * alone < 0.65 * whole
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_samples_that_drop_a_branch_need_hardly_more_than_is_planned_or_less(precision):
     config = changed(SMALL, "run", precision=precision)

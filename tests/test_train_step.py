@@ -84,14 +84,22 @@ def test_twenty_steps_in_float32_follow_the_reference(photos, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arch", "chunk"), [("xcit_nano_12_p16", 0), ("xcit_nano_12_p16", 12), ("xcit_tiny_12_p8", 0)]
+    ("arch", "chunk", "in_turn"),
+    [
+        ("xcit_nano_12_p16", 0, False),
+        ("xcit_nano_12_p16", 0, True),
+        ("xcit_nano_12_p16", 12, False),
+        ("xcit_nano_12_p16", 12, True),
+        ("xcit_tiny_12_p8", 0, False),
+    ],
 )
 def test_one_step_in_float64_updates_every_weight_as_the_reference_does(
-    photos, tmp_path, arch, chunk
+    photos, tmp_path, arch, chunk, in_turn
 ):
     """But for the key's third of the class attention's qkv.bias, which has no effect: its gradient
     is 0 here and rounding noise there, and Adam's first step is of the gradient's sign."""
-    pair = Pair(photos, tmp_path, torch.float64, arch=arch, prototype_chunk=chunk)
+    options = {"prototype_chunk": chunk, "crops_in_turn": in_turn}
+    pair = Pair(photos, tmp_path, torch.float64, arch=arch, **options)
     before = {name: p.detach().clone() for name, p in pair.task.bare_model.named_parameters()}
     ours, theirs = pair.step(0)
     assert ours == pytest.approx(theirs, rel=1e-6)  # the meters are float32
@@ -115,14 +123,18 @@ def test_one_step_in_float64_updates_every_weight_as_the_reference_does(
 
 
 @pytest.mark.parametrize("frozen", [0, 1])
-def test_a_chunk_of_prototypes_at_a_time_changes_no_number_of_the_log(photos, tmp_path, frozen):
+def test_a_part_of_prototypes_or_crops_at_a_time_changes_no_number_of_the_log(
+    photos, tmp_path, frozen
+):
     rows = []
-    for chunk in (0, 12):
-        out = tmp_path / str(chunk)
-        changes = {"prototype_chunk": chunk, "freeze_last_layer": frozen, "epochs": 1}
-        train(config(photos, out, **changes))
+    for chunk, in_turn in ((0, False), (12, False), (0, True), (12, True)):
+        out = tmp_path / f"{chunk} {in_turn}"
+        changes = {"prototype_chunk": chunk, "crops_in_turn": in_turn, "accumulation_steps": 2}
+        changes |= {"freeze_last_layer": frozen, "drop_path_rate": 0.2, "epochs": 1}
+        train(config(photos, out, batch_size_per_gpu=6, **changes))
         rows.append(read_metrics(out / "metrics.jsonl"))
-    for whole, chunked in zip(*rows, strict=True):
+    for whole, *others in zip(*rows, strict=True):
         for key in whole:
             if key.startswith(("health/", "train/")):
-                assert chunked[key] == pytest.approx(whole[key], rel=1e-4, abs=1e-5), key
+                expected = pytest.approx(whole[key], rel=1e-4, abs=1e-5)
+                assert all(other[key] == expected for other in others), key
