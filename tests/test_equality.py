@@ -136,18 +136,18 @@ def test_ranks_and_accumulation_change_no_gradient_centre_or_average(photos, tmp
 
 def test_crops_in_turn_change_no_gradient_centre_or_average_of_several_ranks(photos, tmp_path):
     """Nor the running statistics: the global crops' move them first in either case."""
-    shape, plain = ("float64", True), {"use_bn_in_head": "false"}
-    (alone,) = one_step(photos, tmp_path / "whole", 1, 8, 1, *shape, **plain)
-    ranks = one_step(photos, tmp_path / "ranks", 2, 2, 2, "float64", False, **plain)
-    in_turn = one_step(
-        photos, tmp_path / "turn", 2, 2, 2, "float64", False, **plain, crops_in_turn="true"
-    )
-    one = one_step(photos, tmp_path / "one", 1, 8, 1, *shape, **plain, crops_in_turn="true")
-    for whole, parts in ((alone, one[0]), *zip(ranks, in_turn, strict=True)):
-        assert whole.keys() == parts.keys()
-        for name, tensor in whole.items():
+    whole, in_turn = (
+        one_step(
+            photos, tmp_path / text, 2, 2, 2, "float64", True,
+            use_bn_in_head="false", crops_in_turn=text,
+        )
+        for text in ("false", "true")
+    )  # fmt: skip
+    for before, after in zip(whole, in_turn, strict=True):
+        assert before.keys() == after.keys()
+        for name, tensor in before.items():
             torch.testing.assert_close(
-                parts[name], tensor, rtol=0, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
+                after[name], tensor, rtol=0, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
             )
 
 
