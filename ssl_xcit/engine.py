@@ -11,7 +11,7 @@ reduction of the step itself, and the host reads the result one step later: noth
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -231,11 +231,14 @@ class SharedMeans:
 class out_of_memory_advice(AbstractContextManager):  # noqa: N801 - reads as a statement
     """Turns running out of memory into one line that names the options to change.
 
-    `others`: options beside the batch that cost memory, as "--name value".
+    `others`: options beside the batch that cost memory, as "--name value". `savers`: those that
+    save some, beside activation checkpointing.
     """
 
-    def __init__(self, config: TrainConfig | FinetuneConfig, *others: str) -> None:
-        self.config, self.others = config, others
+    def __init__(
+        self, config: TrainConfig | FinetuneConfig, *others: str, savers: Iterable[str] = ()
+    ) -> None:
+        self.config, self.others, self.savers = config, others, savers
 
     def __exit__(self, kind, error, traceback) -> None:
         exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
@@ -244,13 +247,13 @@ class out_of_memory_advice(AbstractContextManager):  # noqa: N801 - reads as a s
         if exhausted:
             optim, run = self.config.optim, self.config.run
             others = (*self.others, f"--precision {run.precision}")
-            savers = ["--activation_checkpointing true"] * (not run.activation_checkpointing)
-            if isinstance(self.config, TrainConfig) and not self.config.crops.crops_in_turn:
-                savers.insert(0, "--crops_in_turn true")
-            again = f", give {' or '.join(savers)}" if savers else ""
+            savers = [*self.savers]
+            if not run.activation_checkpointing:
+                savers.append("--activation_checkpointing true")
+            save = f", give {' or '.join(savers)}" if savers else ""
             raise UserError(
                 f"out of memory at --batch_size_per_gpu {optim.batch_size_per_gpu} with "
                 f"--accumulation_steps {optim.accumulation_steps}, {', '.join(others)}: "
-                f"halve the batch and double the accumulation for the same result{again}, or lower "
+                f"halve the batch and double the accumulation for the same result{save}, or lower "
                 "the others"
             ) from error

@@ -54,13 +54,21 @@ def train(config: TrainConfig) -> dict:
     """
     ranks = distributed.setup(config.run.device)
     try:
-        with out_of_memory_advice(
-            config, f"--local_crops_number {config.crops.local_crops_number}"
-        ):
+        with memory_advice(config):
             torch.use_deterministic_algorithms(config.run.deterministic)
             return run_task(Pretraining(config, ranks))
     finally:
         distributed.teardown()
+
+
+def memory_advice(config: TrainConfig) -> out_of_memory_advice:
+    """Around a pretraining: what to change when its memory runs out."""
+    crops = config.crops
+    # It is of no use without local crops, and refused with BatchNorm in the head
+    spares = crops.local_crops_number and not config.head.use_bn_in_head
+    savers = ["--crops_in_turn true"] if spares and not crops.crops_in_turn else []
+    local = f"--local_crops_number {crops.local_crops_number}"
+    return out_of_memory_advice(config, local, savers=savers)
 
 
 class Comparison(NamedTuple):
