@@ -54,12 +54,12 @@ CASES = {
     "nano_12_p16": Case("xcit_nano_12_p16", 16),
     "nano_32": Case("xcit_nano_12_p8", 64, (32, 16), 3, 1024, 512, 128, 0.0),  # the demo
 }
-OURS = {  # settings of class Run, a chunk of prototypes, and whether the crops go in turn
+OURS = {  # settings of class Run, and what differs from the case
     "ours fp32": {},
     "ours bf16": {"precision": "bf16"},
     "ours fp32 compiled": {"compile": True},
     "ours bf16 compiled": {"precision": "bf16", "compile": True},
-    "ours bf16 chunked": {"precision": "bf16", "prototype_chunk": 8192},
+    "ours bf16 chunked": {"precision": "bf16", "chunk": 8192},
     "ours bf16 checkpointed": {"precision": "bf16", "activation_checkpointing": True},
     "ours bf16 in turn": {"precision": "bf16", "in_turn": True},
     "ours bf16 in turn checkpointed": {
@@ -289,9 +289,8 @@ def ours(case: Case, run: dict, device: str) -> object:
     from ssl_xcit.guard import BatchStatistics
     from ssl_xcit.train import Pretraining
 
-    run = dict(run)
-    chunk, in_turn = run.pop("prototype_chunk", case.chunk), run.pop("in_turn", case.in_turn)
-    case = case._replace(chunk=chunk, in_turn=in_turn)
+    case = case._replace(**{name: run[name] for name in Case._fields if name in run})
+    run = {name: value for name, value in run.items() if name not in Case._fields}
     with tempfile.TemporaryDirectory() as folder:
         config = settings(case, run, Path(folder), device)
         images = Path(folder) / "images" / "noise"
