@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ssl_xcit.products import compute_dtype, scaled_weights
+from ssl_xcit.products import compute_dtype, scaled_weights, takes_gain
 from ssl_xcit.tokens import Grid, join_tokens, split_tokens
 
 
@@ -28,9 +28,11 @@ class LPI(nn.Module):
         gain: Float[Tensor, " d"] | None = None,
     ) -> Float[Tensor, "t d"]:
         """`gain` (LayerScale) multiplies the output. BatchNorm sees one grid after the other."""
-        kernels = _kernels(self.conv1, None, x), _kernels(self.conv2, gain, x)
+        inside = gain if takes_gain(x) else None
+        kernels = _kernels(self.conv1, None, x), _kernels(self.conv2, inside, x)
         parts = zip(split_tokens(x, grids), grids, strict=True)
-        return join_tokens(self._of_one_size(part, grid, *kernels) for part, grid in parts)
+        out = join_tokens(self._of_one_size(part, grid, *kernels) for part, grid in parts)
+        return out if inside is gain else gain * out
 
     def _of_one_size(
         self, x: Float[Tensor, "b n d"], grid: Grid, first: "Kernels", second: "Kernels"

@@ -45,10 +45,12 @@ def linear(
 ) -> Float[Tensor, "... d"]:
     """gain (x W^T + b), by torch's `linear` or on a CPU (float32, bfloat16 autocast) by oneDNN's.
 
-    Autocast rounds the same numbers as before torch's. LayerScale's `gain` is multiplied into W and
-    b, and spares the tokens a pass; nor has the backward pass any, or a copy of the unscaled tokens
-    to keep for the gain's gradient.
+    Autocast rounds the same numbers as before torch's. Where `takes_gain` is true, LayerScale's
+    `gain` is multiplied into W and b, and spares the tokens a pass; nor has the backward pass any,
+    or a copy of the unscaled tokens to keep for the gain's gradient.
     """
+    if gain is not None and not takes_gain(x):
+        return gain * linear(x, weight, bias)
     if not _is_for_onednn(x, weight):
         return F.linear(x, *scaled_weights(weight, bias, gain))
     low = compute_dtype(x)
@@ -71,11 +73,22 @@ def gelu_linear(
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return linear(F.gelu(x), weight, bias, gain)
+    if gain is not None and not takes_gain(x):
+        return gain * gelu_linear(x, weight, bias)
     x = x.to(compute_dtype(x))
     with torch.no_grad():
         used, used_bias = scaled_weights(weight, bias, gain, x.dtype)
     slot = _GeluLinearGradient.apply(x, used, weight, bias, gain)
     return _GeluLinearProduct.apply(slot, x.detach(), used, used_bias)
+
+
+def takes_gain(x: Tensor) -> bool:
+    """Whether the layer that computes on `x` may have LayerScale's gain in its weights.
+
+    float16 would lose them: a gain of 1e-5 times a weight of 0.02 is 2e-7, of which it keeps two
+    bits. A compiler makes one pass of the gain and the residual sum.
+    """
+    return not torch.compiler.is_compiling() and compute_dtype(x) != torch.float16
 
 
 def scaled_weights(

@@ -22,6 +22,22 @@ def inverse_lengths(x: Float[Tensor, "*s n e"]) -> Float[Tensor, "*s e"]:
     return lengths.clamp_min(1e-12).reciprocal()
 
 
+def attend_normalised(
+    packed: Float[Tensor, "3 b heads n e"], temperature: Float[Tensor, "heads 1 1"]
+) -> Float[Tensor, "b heads n e"]:
+    """v softmax(temperature q_hat^T k_hat)^T, q_hat and k_hat being q and k of unit length.
+
+    Equation 3 of the paper (its tau is 1 / temperature) as the official code computes it: lengths
+    and softmax in float32 at least. A compiler makes its own passes of this; float16 needs it,
+    since q^T k before its division can exceed 65504.
+    """
+    q, k, v = packed.unbind(0)
+    inverse_q, inverse_k = inverse_lengths(packed[:2])[..., None, :].unbind(0)
+    product = (q * inverse_q).to(v.dtype).mT @ (k * inverse_k).to(v.dtype)
+    attention = (product * temperature).softmax(dim=-1, dtype=inverse_q.dtype)
+    return v @ attention.to(v.dtype).mT
+
+
 def cross_covariance(
     product: Float[Tensor, "b heads e e"],
     inverse: Float[Tensor, "2 b heads e"],
@@ -29,9 +45,9 @@ def cross_covariance(
 ) -> Float[Tensor, "b heads e e"]:
     """softmax(q_hat^T k_hat * temperature), from q^T k and the inverse lengths of q and k.
 
-    Equation 3 of the paper (its tau is 1 / temperature), with the division after the product, which
-    spares the normalised copies of q and k. Lengths, division and softmax are float32 even when q
-    and k are bfloat16 (autocast), and float64 when they are float64.
+    The division comes after the product, which spares the normalised copies of q and k. Lengths,
+    division and softmax are float32 even when q and k are bfloat16 (autocast), and float64 when
+    they are float64.
     """
     logits = product * (temperature * inverse[0, ..., None])
     return logits.mul_(inverse[1, ..., None, :]).softmax(dim=-1)
@@ -171,12 +187,18 @@ class XCA(nn.Module):
     ) -> Float[Tensor, "t d"]:
         """`gain` (LayerScale) multiplies the output."""
         qkv = self.qkv(x).unflatten(1, (3, self.num_heads, -1))  # (t, 3, heads, d/heads)
-        # A compiler derives, orders and fuses the gradient itself.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        plain = torch.compiler.is_compiling() or qkv.dtype == torch.float16
+        if torch.is_grad_enabled() and not plain:
             mixed = _Attend.apply(qkv, self.temperature, grids)
         else:
             with without_autocast(qkv):
-                packed = [_pack(part) for part in split_tokens(qkv, grids)]
-                outs = [attend(part, self.temperature)[0].to(qkv.dtype) for part in packed]
-            mixed = join_tokens(out.transpose(1, 2).flatten(2) for out in outs)
+                outs = [self._mixed(_pack(part), plain) for part in split_tokens(qkv, grids)]
+            mixed = join_tokens(out.to(qkv.dtype).transpose(1, 2).flatten(2) for out in outs)
         return linear(mixed, self.proj.weight, self.proj.bias, gain)
+
+    def _mixed(
+        self, packed: Float[Tensor, "3 b heads n e"], plain: bool
+    ) -> Float[Tensor, "b heads n e"]:
+        if plain:
+            return attend_normalised(packed, self.temperature)
+        return attend(packed, self.temperature)[0]

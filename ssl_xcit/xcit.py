@@ -8,9 +8,10 @@ Parameter names are those of facebookresearch/xcit, so its files and DINO's back
 is torch's channels_last layout, so the convolutions among them copy nothing. Those of images of
 several sizes may lie one size after the other in one matrix (t, d), see `tokens`.
 
-In training LayerScale's gains scale the weights of a branch's last layer, not its tokens, and a
-sample that drops a branch (stochastic depth) is left out of the branch's work. Both change no
-number but by rounding.
+LayerScale's gains scale the weights of a branch's last layer, not its tokens (`takes_gain`), and in
+training a sample that drops a branch (stochastic depth) is left out of the branch's work. Both
+change no number but by rounding. Under autocast branches compute in lower precision; the tokens
+that they are added to, the residual stream, stay float32.
 """
 
 import contextlib
@@ -191,19 +192,18 @@ class XCABlock(nn.Module):
     ) -> Float[Tensor, "t d"]:
         """The tokens of all `grids`; `kept`: drop path (XCA, LPI, MLP)."""
         of_xca, of_lpi, of_mlp = kept or (None, None, None)
+        x = add_branch(x, self._xca, grids, of_xca)
+        x = add_branch(x, self._lpi, grids, of_lpi)
+        return add_branch(x, self._mlp, grids, of_mlp)
 
-        def xca(x: Tensor, grids: Sequence[Grid]) -> Tensor:
-            return self.attn(self.norm1(x), grids, self.gamma1)
+    def _xca(self, x: Float[Tensor, "t d"], grids: Sequence[Grid]) -> Float[Tensor, "t d"]:
+        return self.attn(self.norm1(x), grids, self.gamma1)
 
-        def lpi(x: Tensor, grids: Sequence[Grid]) -> Tensor:
-            return self.local_mp(self.norm3(x), grids, self.gamma3)
+    def _lpi(self, x: Float[Tensor, "t d"], grids: Sequence[Grid]) -> Float[Tensor, "t d"]:
+        return self.local_mp(self.norm3(x), grids, self.gamma3)
 
-        def mlp(x: Tensor, grids: Sequence[Grid]) -> Tensor:
-            return self.mlp(self.norm2(x), self.gamma2)
-
-        x = add_branch(x, xca, grids, of_xca)
-        x = add_branch(x, lpi, grids, of_lpi)
-        return add_branch(x, mlp, grids, of_mlp)
+    def _mlp(self, x: Float[Tensor, "t d"], grids: Sequence[Grid]) -> Float[Tensor, "t d"]:
+        return self.mlp(self.norm2(x), self.gamma2)
 
 
 class ClassAttention(nn.Module):
@@ -424,8 +424,12 @@ class XCiT(nn.Module):
         keys: Sequence[Int64[Tensor, " _b"]] | None,
     ) -> list[tuple[Float[Tensor, "_b d"], Float[Tensor, "_b _n d"]]]:
         grids = tuple(Grid(image.shape[0], *image.shape[2:]) for image in images)
+        # The residual stream has the weights' type, float32, under autocast too: in bfloat16 a
+        # branch whose gain is 1e-5 would be rounded away. The official code's gains see to that.
+        precise = self.cls_token.dtype
         patches = join_tokens(
-            image.flatten(2).transpose(1, 2) + self.pos_embeder(*image.shape[2:], image.device)
+            image.flatten(2).transpose(1, 2)
+            + self.pos_embeder(*image.shape[2:], image.device).to(precise)
             for image in images
         )
         for block, kept in zip(self.blocks, self._kept(grids, keys), strict=True):
