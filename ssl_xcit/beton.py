@@ -63,6 +63,7 @@ from ssl_xcit.images import (
     jpeg_problem,
     open_source,
 )
+from ssl_xcit.processor import usable_cores
 
 VERSION = 2
 INT_FIELD, IMAGE_FIELD = 1, 2
@@ -534,7 +535,7 @@ def _in_order(
     """
     if workers < 0:
         raise UserError(f"workers must be 0 or more, got {workers}")
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or usable_cores()
     hidden = not (progress and sys.stderr.isatty())
     waiting = deque()
     with (

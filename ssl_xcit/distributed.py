@@ -18,6 +18,7 @@ import torch.distributed as dist
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from ssl_xcit import neighbours
 from ssl_xcit.errors import UserError
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -184,6 +185,8 @@ def choose_device(device: str, local_rank: int) -> torch.device:
 def _prepare(device: torch.device) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # for kernels launched without naming a device
+    else:
+        neighbours.watch()
     return device
 
 

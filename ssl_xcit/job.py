@@ -17,7 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn
 
-from ssl_xcit.config import TrainConfig, tune_allocator
+from ssl_xcit import processor
+from ssl_xcit.config import TrainConfig
 from ssl_xcit.errors import UserError, exit_on_user_error
 from ssl_xcit.signals import SIGNALS, Stopped, StopSignals
 
@@ -62,7 +63,7 @@ class Job:
                 f"the job was to run the program in {self.code}, but Python imports {ROOT}: keep "
                 "PYTHONPATH and PYTHONSAFEPATH as the submission sets them"
             )
-        tune_allocator()
+        processor.prepare()
         from ssl_xcit import distributed  # the submitting machine needs no torch
 
         for name in (*distributed.TORCHRUN, "LOCAL_WORLD_SIZE"):

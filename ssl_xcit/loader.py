@@ -32,6 +32,7 @@ from ssl_xcit import kernels
 from ssl_xcit.augment import EvalView, Recipe, View
 from ssl_xcit.beton import Beton
 from ssl_xcit.errors import UserError
+from ssl_xcit.processor import usable_cores
 
 logger = logging.getLogger(__name__)
 
@@ -56,12 +57,12 @@ REASONS = {
 
 
 def default_threads() -> int:
-    """This process's share of the cores it may run on, at least 1.
+    """This process's share of the cores it may use, at least 1.
 
     The processes of a host (LOCAL_WORLD_SIZE) share them, unless each has been given its own: then
     all of them together have no more cores than the host.
     """
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if cores * processes <= (os.cpu_count() or 1):
         return cores
