@@ -9,8 +9,6 @@ Precedence, weakest first:
 The string below a field is its text in --help.
 """
 
-import contextlib
-import ctypes
 import difflib
 import importlib
 import math
@@ -21,13 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ssl_xcit import options
+from ssl_xcit import options, processor
 from ssl_xcit.errors import UserError, exit_on_user_error
 from ssl_xcit.options import Config
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-
-MALLOC_TRIM_THRESHOLD, MALLOC_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 ARCHITECTURES = tuple(
     f"xcit_{size}_p{patch}"
@@ -68,7 +64,7 @@ RUN_KEYS_THAT_MAY_CHANGE = frozenset(
 
 Interpolation = Literal["bicubic", "bilinear"]
 Device = Literal["auto", "cpu", "cuda"]
-Precision = Literal["bf16", "fp32"]
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
 
 
 # Bounds by their wording in an error message. NaN and infinity satisfy none of them.
@@ -279,8 +275,8 @@ class Run:
 
     device: Device = "auto"
     """auto takes the GPU if there is one."""
-    precision: Precision = "bf16"
-    """bf16 autocast, or float32 throughout."""
+    precision: Precision = "auto"
+    """bf16 or fp16 autocast, or float32 throughout; auto takes the quickest of this machine."""
     num_workers: int = 0
     """Loader threads per rank; 0 = this rank's share of the cores."""
     compile: bool = False
@@ -470,22 +466,9 @@ def run_command(
     """
     with exit_on_user_error():
         config = load_config(cls, files, argv)
-        tune_allocator()
+        processor.prepare()
         module, function = target.split(":")
         getattr(importlib.import_module(module), function)(config)
-
-
-def tune_allocator() -> None:
-    """Ask Linux for huge pages, and glibc to keep memory that is free; before the import of torch.
-
-    A training step's tensors come and go. On a CPU small pages, and giving memory back to take it
-    again, cost 6 % of the time of a large network's step and more of a small one's.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch looks when it first allocates
-    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(MALLOC_MMAP_THRESHOLD, 32 * 2**20)  # the largest that it takes
-        mallopt(MALLOC_TRIM_THRESHOLD, -1)
 
 
 def load_config(
@@ -554,12 +537,15 @@ def save_config(config: object, path: str | Path) -> None:
 def config_differences(old: object, new: object) -> list[str]:
     """What makes `new` another run than `old`: ["optim.lr: 0.0005 -> 0.001", ...].
 
-    Leaves RUN_KEYS_THAT_MAY_CHANGE out. Whether the global batch is the same depends on the number
-    of ranks and is the caller's to check.
+    Leaves RUN_KEYS_THAT_MAY_CHANGE out, and the precision "auto", which is that of the run. Whether
+    the global batch is the same depends on the number of ranks and is the caller's to check.
     """
     before, after = options.flat(old), options.flat(new)
+    same = RUN_KEYS_THAT_MAY_CHANGE | {
+        name for name in ("precision", "run.precision") if after.get(name) == "auto"
+    }
     return [
         f"{name}: {options.as_text(before[name])} -> {options.as_text(value)}"
         for name, value in after.items()
-        if value != before[name] and name not in RUN_KEYS_THAT_MAY_CHANGE
+        if value != before[name] and name not in same
     ]

@@ -74,6 +74,7 @@ class Engine:
         for line in [] if first_step else task.initialise():
             log.say(line)
         log.say(task.summary())
+        log.say("precision {}: {}".format(*task.precision))
         for line in task.warm_up():
             log.say(line)
         for step in range(first_step, total):
@@ -176,7 +177,8 @@ def train_step(
 
     A loss that is not finite on any rank, or a gradient, makes the step a bad one: it changes
     nothing. Returns, on the device: whether any rank wants to `stop`, and how many steps in a row
-    have been bad.
+    have been bad. Steps whose gradients were scaled beyond float16's range do not count for that:
+    the scale falls until they are not.
     """
     accumulation = task.config.optim.accumulation_steps
     now = task.hyperparameters(step)
@@ -190,21 +192,25 @@ def train_step(
             means += torch.stack([loss.detach(), *others]) / accumulation
             if last:  # under way while the gradients are computed
                 shared = SharedMeans(task, means, stop)
-            (loss / accumulation).backward()
+            task.scaler.scale(loss / accumulation).backward()
     reduced, any_bad, any_stop = shared.wait()
     optim = task.config.optim
     parameters = list(task.bare_model.parameters())
+    task.scaler.unscale_(task.optimizer)
     grad_norm = clip_gradients(parameters, optim.clip_grad, optim.clip_mode)
     # Once there have been too many, nothing moves until the host has seen it
     too_many = task.meters.skipped[0] >= task.config.run.max_bad_steps
     bad = any_bad | ~grad_norm.isfinite() | too_many
+    scale = task.scaler.scale(grad_norm.new_ones(()))  # 1 but in float16
     task.before_update(step)
     task.optimizer.found_inf = bad.float()
     task.optimizer.step()
     task.optimizer.zero_grad(set_to_none=True)
     task.after_update(step, reduced, bad)
     statistics.restore(bad)
-    task.meters.add(*means, grad_norm, skip=bad)
+    excused = bad & ~any_bad & (scale > 1)
+    task.scaler.update()
+    task.meters.add(*means, grad_norm, skip=bad, excused=excused)
     return torch.stack([any_stop.float(), task.meters.skipped[0]])
 
 

@@ -45,8 +45,8 @@ class KnnConfig:
     """Loader threads per rank; 0 = this rank's share of the cores."""
     device: Device = "auto"
     """auto takes the GPU if there is one."""
-    precision: Precision = "fp32"
-    """float32, or bf16 autocast."""
+    precision: Precision = "auto"
+    """bf16 or fp16 autocast, or float32; auto takes the quickest of this machine."""
     seed: int = 0
     """Of --random-init."""
     save_features: str = ""
@@ -134,8 +134,8 @@ class LinearConfig:
     """Loader threads per rank; 0 = this rank's share of the cores."""
     device: Device = "auto"
     """auto takes the GPU if there is one."""
-    precision: Precision = "fp32"
-    """Of the backbone: float32, or bf16 autocast."""
+    precision: Precision = "auto"
+    """bf16 or fp16 autocast, or float32; auto takes the quickest of this machine."""
     seed: int = 0
     """Of the choice of held-out images, views, order, initial weights and --random-init."""
     save_every: float = 10.0

@@ -89,6 +89,17 @@ def cached_features(
     return {kind: _joined([part[kind] for part in parts]) for kind in parts[0]}
 
 
+def precision_of(folder: Path) -> str | None:
+    """In which the features in `folder` were made; None: there are none, or they are damaged."""
+    for file in sorted(folder.glob("*-*.safetensors"))[:1]:
+        try:
+            with safe_open(file, "pt") as content:
+                return json.loads(content.metadata()["facts"])["precision"]
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+            return None
+    return None
+
+
 def save_facts(folder: Path, facts: dict) -> None:
     """Say that the features in `folder` are complete, and what they are."""
     partial = folder / ".features.json.partial"

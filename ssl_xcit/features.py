@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ssl_xcit import distributed
 from ssl_xcit.errors import UserError
+from ssl_xcit.precision import autocast
 
 FEATURES = ("cls", "patch", "cls+patch", "inputs1", "inputs2")
 
@@ -33,7 +34,7 @@ def extract_features(
 
     `loader` is an `EvalLoader`, or anything that yields (images (b, c, h, w), labels (b,),
     indices (b,)) with each image on one rank; bytes are normalised on the device by the loader's
-    `mean` and `std`. `precision` is "fp32" or "bf16" (autocast).
+    `mean` and `std`. `precision`: see `ssl_xcit.precision`.
 
     The backbone is in eval mode meanwhile: BatchNorm uses its running statistics and does not
     update them. Afterwards every module is in the mode it was in.
@@ -74,7 +75,7 @@ def embed(
     only the two class-attention layers have a class token. Precision as in `extract_features`.
     """
     inputs = not {"inputs1", "inputs2"}.isdisjoint(which)
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+    with autocast(images.device, precision):
         if inputs:
             stages = backbone.class_attention_inputs(images)
         else:

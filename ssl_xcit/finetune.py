@@ -65,7 +65,8 @@ class Finetuning(Task):
 
     def __init__(self, config: FinetuneConfig, ranks: Distributed) -> None:
         """Network, optimiser and loaders of a run, from its starting point."""
-        self.config, self.ranks = config, ranks
+        self.configure(config, ranks)
+        config = self.config
         targets = config.targets
         self.data = Beton(config.data)
         self.test = open_images(config.test, self.data.channels)
@@ -242,9 +243,8 @@ class Finetuning(Task):
         size = sum(p.numel() for p in self.bare_model.parameters()) / 1e6
         return (
             f"{self.start.arch} ({size:.1f} M parameters, {self.num_classes} classes) on "
-            f"{self.ranks.device} x {self.ranks.world_size}, {config.run.precision}: "
-            f"{config.optim.epochs} epochs of {self.steps_per_epoch} steps, {self.global_batch} "
-            "views a step"
+            f"{self.ranks.device} x {self.ranks.world_size}: {config.optim.epochs} epochs of "
+            f"{self.steps_per_epoch} steps, {self.global_batch} views a step"
         )
 
     def result(self, row: dict) -> dict:

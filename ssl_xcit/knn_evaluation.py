@@ -11,10 +11,17 @@ from ssl_xcit.beton import Beton
 from ssl_xcit.distributed import Distributed
 from ssl_xcit.eval_config import KnnConfig
 from ssl_xcit.evaluation_data import check_channels, check_datasets, open_images
-from ssl_xcit.feature_cache import cached_features, load_facts, load_features, save_facts
+from ssl_xcit.feature_cache import (
+    cached_features,
+    load_facts,
+    load_features,
+    precision_of,
+    save_facts,
+)
 from ssl_xcit.features import Features
 from ssl_xcit.knn import accuracy, find_neighbours
 from ssl_xcit.loader import rank_share
+from ssl_xcit.precision import settled
 from ssl_xcit.results import describe_images, describe_software, describe_subject, write_result
 from ssl_xcit.subject import NO_FACTS, Subject, checkpoint_subject, untrained_subject
 
@@ -78,6 +85,8 @@ def _evaluate(config: KnnConfig, ranks: Distributed) -> dict:
 
 def _extract(config: KnnConfig, ranks: Distributed) -> tuple[Features, Features, dict]:
     """Features of both datasets, and the facts about them."""
+    folder = Path(config.save_features) if config.save_features else None
+    config = settled(config, ranks, None if folder is None else precision_of(folder))
     subject = _subject(config)
     channels = 3 if subject is None else subject.in_chans
     datasets = {name: open_images(getattr(config, name), channels) for name in ("train", "test")}
@@ -98,7 +107,6 @@ def _extract(config: KnnConfig, ranks: Distributed) -> tuple[Features, Features,
         },
         **{name: describe_images(images) for name, images in datasets.items()},
     }
-    folder = Path(config.save_features) if config.save_features else None
     train, test = (
         cached_features(
             subject,

@@ -31,7 +31,9 @@ from ssl_xcit.feature_cache import cached_features, fingerprint
 from ssl_xcit.knn import accuracy
 from ssl_xcit.linear import ranked_classes, split
 from ssl_xcit.linear_protocols import WIDTHS, Material, fit_fast, train_official
+from ssl_xcit.precision import settled
 from ssl_xcit.results import describe_images, describe_software, describe_subject, write_result
+from ssl_xcit.run_folder import stored_precision
 from ssl_xcit.subject import Subject, checkpoint_subject, untrained_subject
 
 FORMAT = 1  # of the output folder; raised when an older program could misread it
@@ -67,6 +69,7 @@ def evaluate_linear(config: LinearConfig) -> dict:
 
 def _evaluate(config: LinearConfig, ranks: Distributed) -> dict:
     start = time.perf_counter()
+    config = settled(config, ranks, stored_precision(Path(config.out), config))
     material = _prepare(config, ranks)
     protocols = {"fast": fit_fast, "official": train_official}
     found, classifiers = {}, {}
@@ -213,6 +216,7 @@ def _test_stored(config: LinearConfig, ranks: Distributed) -> dict:
     start = time.perf_counter()
     path = Path(config.evaluate)
     classifier = load_classifier(path)
+    config = settled(config, ranks, classifier.facts.get("precision"))
     subject = _subject(config, config.test)
     test = open_images(config.test, subject.in_chans)
     check_datasets(test, test)
@@ -287,6 +291,7 @@ def _classifier_facts(material: Material, mode: str, selected: dict) -> dict:
         "classes": material.num_classes,
         "class_names": None if names is None else list(names),
         "transform": _transform(material.config, material.subject),
+        "precision": material.config.precision,
     }
 
 

@@ -75,12 +75,20 @@ class RunningMeans:
         self.sums = torch.zeros(len(names) + 1, device=device)
         self.skipped = torch.zeros(2, device=device)
 
-    def add(self, *values: Float[Tensor, ""], skip: Bool[Tensor, ""] | None = None) -> None:
-        """Add one step's values, in the order of `names`; where `skip` is true, only count it."""
+    def add(
+        self,
+        *values: Float[Tensor, ""],
+        skip: Bool[Tensor, ""] | None = None,
+        excused: Bool[Tensor, ""] | None = None,
+    ) -> None:
+        """Add one step's values, in the order of `names`; where `skip` is true, only count it.
+
+        Where `excused` is true, too, it counts in all, and neither adds to a row nor ends it.
+        """
         row = torch.stack([*(value.detach().float() for value in values), self.sums.new_ones(())])
         if skip is not None:
             row = torch.where(skip, 0.0, row)
-            self.skipped += skip
+            self.skipped += torch.stack([skip if excused is None else skip & ~excused, skip])
             self.skipped[0] *= skip
         self.sums += row
 

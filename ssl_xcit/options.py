@@ -310,7 +310,7 @@ def _read_dino_args(cls: type, text: str, path: Path) -> dict[str, object]:
     kept = {key: value for key, value in given.items() if key not in IGNORED_DINO_KEYS}
     translated = ""
     if "use_fp16" in kept:
-        kept["precision"] = "bf16" if kept.pop("use_fp16") else "fp32"
+        kept["precision"] = "auto" if kept.pop("use_fp16") else "fp32"
         translated = f"; use_fp16 {given['use_fp16']} becomes precision {kept['precision']}"
     if "arch" in kept and "patch_size" in given and not re.search(r"_p\d+$", str(kept["arch"])):
         kept["arch"] = f"{kept['arch']}_p{given['patch_size']}"

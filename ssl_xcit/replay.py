@@ -48,7 +48,7 @@ def replay(run: Path) -> list[dict]:
         for micro in range(task.config.optim.accumulation_steps):
             with _first_not_finite(task.bare_model) as modules:
                 loss, _ = task.loss(next(batches), step, micro)
-            loss.backward()
+            task.scaler.scale(loss).backward()
             gradients = [
                 name
                 for name, p in task.bare_model.named_parameters()

@@ -1,7 +1,6 @@
 """The run folder: whose it is, and a record of what ran there."""
 
 import json
-import os
 import platform
 import socket
 import subprocess
@@ -14,6 +13,7 @@ import torch
 from ssl_xcit.config import TrainConfig, config_differences, read_config, save_config
 from ssl_xcit.errors import UserError
 from ssl_xcit.finetune_config import FinetuneConfig
+from ssl_xcit.processor import usable_cores
 
 RUN_FORMAT = 1  # of the run folder's layout; raised when an older program could misread it
 
@@ -60,6 +60,19 @@ def claim_folder(
         ) from error
 
 
+def stored_precision(out: Path, config: object) -> str | None:
+    """The precision of what was begun in `out` with a configuration of the kind of `config`.
+
+    None: nothing was, or it cannot be read; `claim_folder` says so then.
+    """
+    try:
+        stored = read_config(type(config), out / "config.yaml")
+    except UserError:
+        return None
+    found = getattr(stored, "run", stored).precision
+    return None if found == "auto" else found
+
+
 def versions() -> dict[str, str | None]:
     """Versions that decide what a run computes, and the git commit of the code if it has one."""
     return {
@@ -95,7 +108,7 @@ def host() -> dict[str, str | int | None]:
     return {
         "host": socket.gethostname(),
         "system": platform.platform(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "gpus": torch.cuda.device_count(),
     }

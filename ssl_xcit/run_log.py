@@ -41,6 +41,7 @@ class Log:
             "progress": round((step + 1) / task.total_steps, 6),
             **dict(zip(task.meters.names, means, strict=True)),
             "train/bad_steps": int(task.meters.skipped[1]),
+            **({"train/loss_scale": task.scaler.get_scale()} if task.scaler.is_enabled() else {}),
             **{f"health/{name}": value for name, value in task.health().items()},
             **{f"schedule/{name}": value for name, value in scheduled},
             "speed/images_per_sec": round(speed, 2),

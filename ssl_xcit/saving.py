@@ -79,6 +79,10 @@ def restore(task: Task, tensors: dict[str, StateDict]) -> None:
         stored = tensors["meters"].get(name)
         if stored is not None and stored.shape == tensor.shape:  # else of an older version's log
             tensor.copy_(stored)
+    if task.scaler.is_enabled() and "scaler" in tensors["meters"]:
+        scale, growth = tensors["meters"]["scaler"].tolist()
+        state = task.scaler.state_dict()
+        task.scaler.load_state_dict(state | {"scale": scale, "_growth_tracker": int(growth)})
     _load_optimizer(task, tensors["optimizer"])
 
 

@@ -29,6 +29,7 @@ from ssl_xcit.errors import UserError
 from ssl_xcit.evaluation_data import Images, check_channels, evaluation_loader, open_images
 from ssl_xcit.features import normalise
 from ssl_xcit.model_zoo import ZooModel, by_file_name, by_hash, zoo
+from ssl_xcit.precision import autocast, settled
 from ssl_xcit.results import describe_images, describe_software, write_result
 from ssl_xcit.subject import statistics
 from ssl_xcit.supervised_config import SupervisedConfig
@@ -58,6 +59,7 @@ def evaluate_supervised(config: SupervisedConfig) -> dict:
     try:
         if config.all:
             return _evaluate_folder(config, ranks)
+        config = settled(config, ranks)
         path = Path(config.checkpoint)
         candidate = _read(config, path, _sha256(path) if path.is_file() else None)
         result = _evaluate(candidate, config, ranks)
@@ -152,7 +154,7 @@ def count_hits(
     hidden = ranks.rank > 0 or not sys.stderr.isatty()
     for images, labels, _ in tqdm(loader, unit="batch", leave=False, disable=hidden):
         images = normalise(images.to(ranks.device, non_blocking=True), loader.mean, loader.std)
-        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with autocast(ranks.device, precision):
             logits = network(images)
         ranked = logits.float().topk(min(5, logits.shape[1]), dim=1).indices.cpu()
         hits = (ranked == outputs[labels][:, None]).sum(dim=0)
@@ -162,7 +164,7 @@ def count_hits(
     if broken:
         raise NotFiniteError(
             f"the logits of {broken} images are not finite: the weights are damaged"
-            + (", or too large for --precision bf16" if precision == "bf16" else "")
+            + ("" if precision == "fp32" else f", or too large for --precision {precision}")
         )
     return count, top1, top5
 
@@ -271,6 +273,7 @@ def _evaluate_folder(config: SupervisedConfig, ranks: Distributed) -> dict:
     if not files:
         raise UserError(f"{folder} holds no checkpoint file ({' '.join(sorted(FILES))})")
     images = open_images(config.data)
+    config = settled(config, ranks, _earlier_precision(out))
     settings = {
         "data": describe_images(images),
         **{key: getattr(config, key) for key in ("preprocess", "precision", "role", "classes")},
@@ -325,6 +328,14 @@ def _prepare(path: Path, images: Images, done: dict, config: SupervisedConfig) -
     if path.name in done and done[path.name]["sha256"] == sha256:
         return done[path.name]
     return _read(config, path, sha256, images)
+
+
+def _earlier_precision(out: Path) -> str | None:
+    """Of an earlier report; None: there is none, or none that `_done_before` would accept."""
+    try:
+        return json.loads(out.read_text())["settings"]["precision"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _done_before(out: Path, settings: dict) -> dict[str, dict]:

@@ -43,8 +43,8 @@ class SupervisedConfig:
     """Loader threads per rank; 0 = this rank's share of the cores."""
     device: Device = "auto"
     """auto takes the GPU if there is one."""
-    precision: Precision = "fp32"
-    """float32, or bf16 autocast."""
+    precision: Precision = "auto"
+    """bf16 or fp16 autocast, or float32; auto takes the quickest of this machine."""
     out: str = ""
     """JSON file for the result; with --all also a table beside it (.md), and nothing done twice."""
 

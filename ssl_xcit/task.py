@@ -1,10 +1,13 @@
 """What the engine trains: a `Task` says what a step's loss is, the engine does all the rest."""
 
 import contextlib
+import dataclasses
+import functools
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -21,6 +24,8 @@ from ssl_xcit.features import normalise
 from ssl_xcit.finetune_config import FinetuneConfig
 from ssl_xcit.loader import MultiCropLoader
 from ssl_xcit.metrics import RunningMeans
+from ssl_xcit.precision import Precision, autocast, choose
+from ssl_xcit.run_folder import stored_precision
 from ssl_xcit.sync_batchnorm import synchronise_batchnorm
 from ssl_xcit.verdict import Verdict
 
@@ -45,6 +50,7 @@ class Task(ABC):
         kind: what a run folder of it is called.
         config: the settings; the engine reads out, optim.epochs, batch_size_per_gpu,
             accumulation_steps, clip_grad, clip_mode and all of run.
+        precision: that of the settings, and why it is this one.
         loader: the training images; its epochs are cut to `steps_per_epoch`.
         model: what is trained, wrapped in DistributedDataParallel when there are several ranks.
         meters: running means of the loss, of the losses' statistics and of the gradient's norm.
@@ -52,11 +58,25 @@ class Task(ABC):
 
     kind: ClassVar[str]
     config: TrainConfig | FinetuneConfig
+    precision: Precision
     ranks: Distributed
     loader: MultiCropLoader
     model: nn.Module
     optimizer: torch.optim.Optimizer
     meters: RunningMeans
+
+    def configure(self, config: TrainConfig | FinetuneConfig, ranks: Distributed) -> None:
+        """Set config, with the precision that it means here, precision and ranks."""
+        stored = stored_precision(Path(config.out), config)
+        self.precision = choose(config.run.precision, ranks, stored)
+        run = dataclasses.replace(config.run, precision=self.precision.name)
+        self.config, self.ranks = dataclasses.replace(config, run=run), ranks
+
+    @functools.cached_property
+    def scaler(self) -> torch.amp.GradScaler:
+        """Keeps the gradients of float16 in its range; in another precision it does nothing."""
+        device, name = self.ranks.device.type, self.config.run.precision
+        return torch.amp.GradScaler(device, enabled=name == "fp16")
 
     @property
     def bare_model(self) -> nn.Module:
@@ -149,8 +169,12 @@ class Task(ABC):
         """All networks whose BatchNorm statistics move in training."""
 
     def counters(self) -> StateDict:
-        """The running means and counts of the log."""
-        return {"sums": self.meters.sums, "skipped": self.meters.skipped}
+        """The running means and counts of the log; in float16 (scale, steps since it changed)."""
+        found = {"sums": self.meters.sums, "skipped": self.meters.skipped}
+        if self.scaler.is_enabled():
+            state = self.scaler.state_dict()
+            found["scaler"] = torch.tensor([state["scale"], state["_growth_tracker"]])
+        return found
 
     @abstractmethod
     def tensors(self) -> dict[str, StateDict]:
@@ -175,9 +199,8 @@ class Task(ABC):
         return normalise(crop.to(self.ranks.device, non_blocking=True), mean, std)
 
     def autocast(self) -> AbstractContextManager:
-        """bfloat16 where the configuration says so."""
-        bf16 = self.config.run.precision == "bf16"
-        return torch.autocast(self.ranks.device.type, torch.bfloat16, bf16)
+        """Lower precision where the configuration says so."""
+        return autocast(self.ranks.device, self.config.run.precision)
 
 
 def distribute(model: nn.Module, ranks: Distributed) -> nn.Module:

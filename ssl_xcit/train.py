@@ -90,7 +90,8 @@ class Pretraining(Task):
 
     def __init__(self, config: TrainConfig, ranks: Distributed) -> None:
         """Networks, loss, optimiser and loader of a run, from scratch."""
-        self.config, self.ranks = config, ranks
+        self.configure(config, ranks)
+        config = self.config
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         student = share_batch_statistics(dino_network(config), ranks, config.run.sync_bn)
         # The teacher starts as a copy. It stays in train mode for the whole run: its BatchNorm
@@ -189,7 +190,7 @@ class Pretraining(Task):
             with keep_gradients(self.model):
                 with self.autocast():
                     found = compare(part, teacher_outputs, teacher_temp)
-                (found.loss / accumulation).backward()
+                self.scaler.scale(found.loss / accumulation).backward()
             losses.append(found.loss.detach())
             student_logits.append(found.student_logits)
         with self.autocast():
@@ -309,8 +310,8 @@ class Pretraining(Task):
         size = sum(p.numel() for p in self.bare_model.backbone.parameters()) / 1e6
         return (
             f"{config.arch} ({size:.1f} M parameters) on {self.ranks.device} x "
-            f"{self.ranks.world_size}, {config.run.precision}: {config.optim.epochs} epochs of "
-            f"{self.steps_per_epoch} steps, {self.global_batch} images a step"
+            f"{self.ranks.world_size}: {config.optim.epochs} epochs of {self.steps_per_epoch} "
+            f"steps, {self.global_batch} images a step"
         )
 
 

@@ -23,6 +23,7 @@ from ssl_xcit.flops import (
 )
 from ssl_xcit.networks import dino_network
 from ssl_xcit.plan import PlanConfig
+from ssl_xcit.precision import foretold
 from ssl_xcit.training_memory import (
     TrainingMemory,
     crop_groups,
@@ -148,7 +149,7 @@ def describe_plan(config: PlanConfig, plan: Plan) -> str:
         f"{config.gpus} GPUs x {optim.batch_size_per_gpu} images x {optim.accumulation_steps} = "
         f"{plan.global_batch:,} images a step, 2 views of {crops.global_crops_size} and "
         f"{crops.local_crops_number} of {crops.local_crops_size} pixels each, "
-        f"{config.run.precision}",
+        f"{foretold(config.run.precision, config.run.device != 'cpu')}",
         "",
         "FLOPs of a step, on each GPU (a multiply-add is 2)",
         *(

@@ -11,6 +11,7 @@ benchmarks/plan_memory.py measures how much the first two are on a CPU: the plan
 above the process's peak in float32, and up to 10 % below it in bf16, whose kernels there copy.
 """
 
+import dataclasses
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
@@ -26,6 +27,7 @@ from ssl_xcit.diagnostics import batch_means
 from ssl_xcit.dino import DINOLoss, MultiCropWrapper, split_crops
 from ssl_xcit.networks import dino_network
 from ssl_xcit.optim import build_optimizer, clip_gradients, parameter_groups
+from ssl_xcit.precision import autocast, foretold
 from ssl_xcit.xcit import FourierPositions
 
 
@@ -59,6 +61,8 @@ def training_memory(config: TrainConfig, world_size: int, cuda: bool) -> Trainin
     buckets; a single rank frees them after each update. What bf16 autocast rounds is what it does
     on CPUs, which for these operators is what it does on GPUs.
     """
+    precision = foretold(config.run.precision, cuda)
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, precision=precision))
     _prepare_positions(config)
     with torch.device("meta"):
         student, teacher = dino_network(config), dino_network(config)
@@ -118,8 +122,8 @@ def forward_backward(
 ) -> None:
     """A micro-batch's part of a step, as `ssl_xcit.train.Pretraining.loss` and the engine do it."""
     temperature = config.loss.teacher_temp
-    autocast = torch.autocast("cpu", torch.bfloat16, config.run.precision == "bf16")
-    with autocast, torch.no_grad():
+    lower = autocast(torch.device("cpu"), config.run.precision)
+    with lower, torch.no_grad():
         teacher_features = teacher.backbone(crops[0].flatten(0, 1))
         teacher_logits = teacher.head(teacher_features)
     n, temperatures = config.optim.batch_size_per_gpu, (dino_loss.student_temp, temperature)
@@ -127,7 +131,7 @@ def forward_backward(
     for part in split_crops(crops, None, config.crops.crops_in_turn):
         if student_logits:
             loss.backward()
-        with autocast:
+        with lower:
             logits = student(part.crops)
             loss = dino_loss(logits, teacher_logits, temperature, part.views, part.total)
         student_logits += logits.detach().split(n)

@@ -22,6 +22,7 @@ from ssl_xcit.errors import UserError
 from ssl_xcit.evaluation_data import check_channels
 from ssl_xcit.features import evaluating, normalise
 from ssl_xcit.images import open_source
+from ssl_xcit.precision import autocast, settled
 from ssl_xcit.preview import FAINT, FONT_SIZE, GAP, INK, LINE, MARGIN, PAPER
 from ssl_xcit.subject import Subject, checkpoint_subject
 from ssl_xcit.visualize_config import VisualizeConfig
@@ -56,6 +57,7 @@ def visualize(config: VisualizeConfig) -> list[Path]:
     """
     ranks = distributed.setup(config.device)
     try:
+        config = settled(config, ranks)
         return _visualize(config, ranks.device) if ranks.rank == 0 else []
     finally:
         distributed.teardown()
@@ -187,8 +189,7 @@ def look(
     pixels = resized(picture.pixels, width, height)
     batch = torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None].to(device)
     batch = normalise(batch, subject.mean, subject.std)
-    bf16 = precision == "bf16"
-    with evaluating(backbone), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    with evaluating(backbone), autocast(device, precision):
         attention = backbone.class_attention(batch)[0].float().cpu()
         tokens = backbone.forward_features(batch)[1][0].float().cpu()
     if not (attention.isfinite().all() and tokens.isfinite().all()):

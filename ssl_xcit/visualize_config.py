@@ -43,8 +43,8 @@ class VisualizeConfig:
     """Whose weights are read where a checkpoint has several; teacher: its first if it has none."""
     device: Device = "auto"
     """auto takes the GPU if there is one."""
-    precision: Precision = "fp32"
-    """float32, or bf16 autocast."""
+    precision: Precision = "auto"
+    """bf16 or fp16 autocast, or float32; auto takes the quickest of this machine."""
 
     def __post_init__(self) -> None:
         if self.arch:
