@@ -18,8 +18,11 @@ from torch import Tensor, nn
 WIDTHS = {  # name: embed_dim, depth, heads, LayerScale's gain, norm2 sees all tokens
     "xcit_nano_12": (128, 12, 4, 1.0, False),
     "xcit_tiny_12": (192, 12, 4, 1.0, True),
+    "xcit_tiny_24": (192, 24, 4, 1e-5, True),
     "xcit_small_12": (384, 12, 8, 1.0, True),
+    "xcit_small_24": (384, 24, 8, 1e-5, True),
     "xcit_medium_24": (512, 24, 8, 1e-5, True),
+    "xcit_large_24": (768, 24, 16, 1e-5, True),
 }
 
 
