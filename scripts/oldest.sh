@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run the tests with the oldest PyTorch that the README promises, and with the newest Python where
+# Run all tests with the oldest PyTorch that the README promises, and with the newest Python where
 # this machine has it, in a second virtual environment.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -13,4 +13,4 @@ export PYTHON=${PYTHON:-python3.12 python3 python3.11}
 VENV=.venv-oldest REQUIREMENTS=$oldest scripts/setup.sh
 .venv-oldest/bin/python -c 'import sys, torch, torchvision
 print("Python", sys.version.split()[0], "torch", torch.__version__, "torchvision", torchvision.__version__)'
-exec .venv-oldest/bin/python -m pytest "$@"
+exec .venv-oldest/bin/python -m pytest -m "" -n "${WORKERS:-1}" --dist loadfile "$@"

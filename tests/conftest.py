@@ -1,4 +1,4 @@
-"""Fixtures that several test files share: real images for every user."""
+"""Fixtures that several test files share: real images for every user, and a shallow network."""
 
 import math
 from pathlib import Path
@@ -10,12 +10,24 @@ from sklearn.datasets import load_sample_images
 from torch.utils.flop_counter import register_flop_formula
 
 from ssl_xcit.beton import write_beton
+from ssl_xcit.xcit import VARIANTS
 
 SIDE = 96  # pixels of a tile
 
 # The tests' tensors are tiny: a second thread costs more than it brings, and far more where other
 # processes want the cores. One thread also makes sums the same everywhere.
 torch.set_num_threads(1)
+
+
+# Whole files go to the workers. These take longest, so they begin, and no worker ends long after
+# the others. The rest follow in the order of their names.
+FIRST = """slurm_cluster demo reliability equality train readme verdict guard diagnostics finetune
+    linear knn supervised convert loader train_step plan xcit""".split()  # noqa: SIM905
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {f"test_{name}": number for number, name in enumerate(FIRST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
@@ -43,3 +55,11 @@ def photos(tmp_path_factory) -> Path:
     path = folder / "photos.beton"
     write_beton(photo_tiles(folder / "tiles", 24), path, progress=False)
     return path
+
+
+@pytest.fixture(params=[4, pytest.param(12, marks=pytest.mark.long)], ids="{} blocks".format)
+def nano_blocks(request, monkeypatch) -> int:
+    """xcit_nano_12 has so many blocks of its 12: they are alike, and each takes its time."""
+    shallow = VARIANTS["xcit_nano_12"]._replace(depth=request.param)
+    monkeypatch.setitem(VARIANTS, "xcit_nano_12", shallow)
+    return request.param

@@ -1,14 +1,25 @@
-"""main_dino.py that also writes what each rank holds at the end: test_train runs it by torchrun."""
+"""main_dino.py whose ranks tell what they do: `images_RANK`, a line for each micro-batch (step,
+place and the images), and `rank_RANK.pt`, every tensor that they hold at the end."""
 
+import hashlib
 import os
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ssl_xcit.config import TrainConfig, run_command
 from ssl_xcit.run_log import Log
+from ssl_xcit.train import Pretraining
 
-close = Log.close
+close, loss = Log.close, Pretraining.loss
+
+
+def note_and_lose(task: Pretraining, batch: tuple[Tensor, ...], step: int, micro: int):
+    """The loss of a micro-batch whose images have been noted."""
+    with open(Path(task.config.out) / f"images_{task.ranks.rank}", "a") as file:
+        print(step, task.loader.place(micro), *batch[2].tolist(), file=file)
+    return loss(task, batch, step, micro)
 
 
 def dump_and_close(log: Log) -> None:
@@ -18,10 +29,15 @@ def dump_and_close(log: Log) -> None:
         for name, state in log.task.tensors().items()
         for key, tensor in state.items()
     }
-    torch.save(tensors, Path(log.task.config.out) / f"rank{os.environ['RANK']}.pt")
+    torch.save(tensors, Path(log.task.config.out) / f"rank_{os.environ['RANK']}.pt")
     close(log)
 
 
+def digest(tensor: Tensor) -> str:
+    """For a comparison to the bit."""
+    return hashlib.sha256(tensor.contiguous().numpy()).hexdigest()
+
+
 if __name__ == "__main__":
-    Log.close = dump_and_close
+    Log.close, Pretraining.loss = dump_and_close, note_and_lose
     run_command(TrainConfig, "ssl_xcit.train:train")

@@ -1,17 +1,24 @@
-"""main_dino.py for the tests of reliability: it can kill itself inside of a save, and tells what
-each rank holds when it leaves.
+"""main_dino.py for the tests of reliability: it can fail at a chosen place, and tells where it is.
 
 KILL_AT=n: SIGKILL right after the n-th durable operation of this process's saves (a file written,
 an fsync, a rename, a link). LEFT=folder: on leaving, each rank writes the number of finished steps.
+RAISE_AT_STEP=n: rank 1 raises in step n. HOLD_EVALUATION=1: half-way through an evaluation it says
+so, and waits for a signal.
+
+There is one more architecture, xcit_shallow_p16: kills and signals are the same to it, and a step
+takes a quarter of the smallest real one's time.
 """
 
+import itertools
 import os
 import signal
+import time
 from pathlib import Path
 
-from ssl_xcit import checkpoint, saving
+from ssl_xcit import checkpoint, config, saving, xcit
 from ssl_xcit.config import TrainConfig, run_command
 from ssl_xcit.engine import Engine
+from ssl_xcit.train import Pretraining
 
 
 class FailPoints:
@@ -59,9 +66,50 @@ def tell_when_leaving(folder: Path) -> None:
     Engine._leave = told
 
 
+def raise_at(failing: int) -> None:
+    loss = Pretraining.loss
+
+    def raising(task: Pretraining, batch, step: int, micro: int):
+        if step == failing and task.ranks.rank == 1:
+            raise RuntimeError("the cause of it")
+        return loss(task, batch, step, micro)
+
+    Pretraining.loss = raising
+
+
+def hold_evaluation() -> None:
+    evaluate = Pretraining.evaluate
+
+    def held(task: Pretraining, check):
+        calls = itertools.count()
+
+        def checked() -> None:
+            check()
+            if next(calls) == 1:  # the first set is done, the second is not begun
+                print("half-way through an evaluation", flush=True)
+                for _ in range(6000):  # a minute
+                    check()  # raises when a signal has arrived
+                    time.sleep(0.01)
+
+        return evaluate(task, checked)
+
+    Pretraining.evaluate = held
+
+
+def add_shallow_architecture() -> None:
+    xcit.VARIANTS["xcit_shallow"] = xcit.Variant(64, 2, 2, 1.0, False)
+    for module in (xcit, config):
+        module.ARCHITECTURES = (*module.ARCHITECTURES, "xcit_shallow_p16")
+
+
 if __name__ == "__main__":
+    add_shallow_architecture()
     if "KILL_AT" in os.environ:
         FailPoints(int(os.environ["KILL_AT"]))
     if "LEFT" in os.environ:
         tell_when_leaving(Path(os.environ["LEFT"]))
+    if "RAISE_AT_STEP" in os.environ:
+        raise_at(int(os.environ["RAISE_AT_STEP"]))
+    if "HOLD_EVALUATION" in os.environ:
+        hold_evaluation()
     run_command(TrainConfig, "ssl_xcit.train:train")

@@ -298,7 +298,7 @@ def test_booleans_are_spelled_as_in_dino(flags, expected):
         (["--global_crops_scale", "a", "b"], ["2 numbers", "[a, b]"]),
         (["--compile", "perhaps"], ["--run.compile", "true or false", "perhaps"]),
         (["--optimizer", "adamx"], ["adamw, sgd, lars", "adamx", "nearest: adamw"]),
-        (["--precision", "fp16"], ["bf16, fp32", "fp16"]),
+        (["--precision", "fp8"], ["auto, bf16, fp16, fp32", "fp8"]),
         (["stray"], ["unexpected argument 'stray'"]),
         (["-x"], ["unexpected argument '-x'"]),
         (["--"], ["unexpected argument '--'"]),
@@ -674,7 +674,7 @@ def test_the_patch_size_of_an_args_txt_completes_the_architecture(tmp_path):
     argv = ["--config", str(path), "--data", "d", "--out", "o"]
     path.write_text("arch: xcit_small_12\npatch_size: 8\nuse_fp16: True\n")
     loaded = load_config(TrainConfig, RECIPE, argv)
-    assert (loaded.arch, loaded.run.precision) == ("xcit_small_12_p8", "bf16")
+    assert (loaded.arch, loaded.run.precision) == ("xcit_small_12_p8", "auto")
     assert loaded.crops.local_crops_number == 6  # of that recipe
 
 

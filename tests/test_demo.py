@@ -1,7 +1,9 @@
 """The demo, in miniature: every stage is the real command on real images."""
 
+import subprocess
 from pathlib import Path
 
+import forked
 import pytest
 import yaml
 
@@ -23,10 +25,12 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
+@pytest.mark.parametrize("start", [forked, pytest.param(subprocess, marks=pytest.mark.long)])
 @pytest.mark.skipif(not DATASET.exists(), reason="Debian's dataset-fashion-mnist is not installed")
 def test_the_demo_ends_in_a_table_a_verdict_and_a_report_and_does_nothing_twice(
-    small, tmp_path, capsys, monkeypatch
+    small, tmp_path, capsys, monkeypatch, start
 ):
+    monkeypatch.setattr(demo, "subprocess", start)
     out = tmp_path / "out"
     demo.demo(out)
     first = capsys.readouterr().out

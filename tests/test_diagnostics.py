@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_train import assert_same, config, scientific, weights
 
-from ssl_xcit import distributed, engine, train
+from ssl_xcit import distributed, engine, train, xcit
 from ssl_xcit.diagnostics import batch_means, health, means_size, rankme
 from ssl_xcit.dino import DINOLoss
 from ssl_xcit.guard import BatchStatistics
@@ -195,6 +195,18 @@ def test_rankme_of_equal_orthogonal_directions_is_their_number():
 # -- in a run ------------------------------------------------------------------------------------
 
 
+def set_depth(monkeypatch: pytest.MonkeyPatch, blocks: int) -> None:
+    """An xcit_nano_12 has so many blocks. One proves as much of a log as twelve."""
+    variant = xcit.VARIANTS["xcit_nano_12"]._replace(depth=blocks)
+    monkeypatch.setitem(xcit.VARIANTS, "xcit_nano_12", variant)
+
+
+@pytest.fixture(autouse=True)
+def depth(monkeypatch, request):
+    """Networks of one block, unless a test wants another number."""
+    set_depth(monkeypatch, getattr(request, "param", 1))
+
+
 def one_step(photos: Path, out: Path, **changes) -> tuple[Pretraining, dict[str, float]]:
     run = Pretraining(config(photos, out, drop_path_rate=0, **changes), distributed.setup("cpu"))
     run.dino_loss.center.copy_(torch.linspace(-0.1, 0.1, 32))
@@ -204,6 +216,7 @@ def one_step(photos: Path, out: Path, **changes) -> tuple[Pretraining, dict[str,
     return run, run.health()
 
 
+@pytest.mark.parametrize("depth", [1, pytest.param(12, marks=pytest.mark.long)], indirect=True)
 def test_a_recorded_steps_numbers_are_those_of_its_networks(photos, tmp_path):
     run, found = one_step(photos, tmp_path)
     fresh = Pretraining(run.config, run.ranks)
@@ -255,11 +268,12 @@ def test_only_recorded_steps_compute_anything(photos, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "batch_means", counted)
     out = tmp_path / "run"
-    train.train(config(photos, out, log_every=5, accumulation_steps=2, batch_size_per_gpu=6))
+    parts = {"accumulation_steps": 2, "batch_size_per_gpu": 6}
+    train.train(config(photos, out, log_every=3, epochs=2, **parts))
     rows = read_metrics(out / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [4, 9, 11]
+    assert [row["step"] for row in rows] == [2, 5, 7]
     assert len(calls) == 2 * 3
-    assert [row["progress"] for row in rows] == pytest.approx([5 / 12, 10 / 12, 1.0], abs=1e-6)
+    assert [row["progress"] for row in rows] == pytest.approx([3 / 8, 6 / 8, 1.0], abs=1e-6)
     keys = [key for key in rows[0] if key.startswith("health/")]
     assert len(keys) == 10
     assert all(math.isfinite(row[key]) for row in rows for key in keys)
@@ -272,15 +286,16 @@ def test_a_bad_step_leaves_a_row_without_numbers_and_a_checkpoint_that_is_finite
 
     def broken(run: Pretraining, batch: tuple, step: int, micro: int) -> StepLoss:
         images, *others = batch
-        return loss(run, (images * math.nan if step == 5 else images, *others), step, micro)
+        return loss(run, (images * math.nan if step == 2 else images, *others), step, micro)
 
     monkeypatch.setattr(Pretraining, "loss", broken)
     out = tmp_path / "run"
-    train.train(config(photos, out, save_every=1e-6))  # a save that meets NaN refuses
+    # a save that meets NaN refuses
+    train.train(config(photos, out, save_every=1e-6, epochs=1))
     rows = read_metrics(out / "metrics.jsonl")
-    assert [row["step"] for row in rows if row["train/loss"] is None] == [5]
-    assert [row["step"] for row in rows if row["health/kl"] is None] == [5]
-    assert rows[5]["health/center_norm"] == rows[4]["health/center_norm"]
+    assert [row["step"] for row in rows if row["train/loss"] is None] == [2]
+    assert [row["step"] for row in rows if row["health/kl"] is None] == [2]
+    assert rows[2]["health/center_norm"] == rows[1]["health/center_norm"]
 
 
 def test_the_probes_share_of_the_time_and_the_rank_of_its_features_are_logged(
@@ -289,7 +304,7 @@ def test_the_probes_share_of_the_time_and_the_rank_of_its_features_are_logged(
     probe = {"probe.every": 2, "probe_train": photos, "probe_test": photos, "probe_k": 1}
     probe |= {"probe_resize": 32, "probe_crop": 32}
     out, plain = tmp_path / "run", tmp_path / "plain"
-    train.train(config(photos, out, **probe, probe_limit=20))
+    train.train(config(photos, out, **probe, probe_limit=20, epochs=2))
     printed = capsys.readouterr().out
     rows = [row for row in read_metrics(out / "metrics.jsonl") if "probe/top1_cls" in row]
     assert [row["step"] for row in rows] == [7]
@@ -298,7 +313,7 @@ def test_the_probes_share_of_the_time_and_the_rank_of_its_features_are_logged(
     assert f"evaluation {100 * share:.1f} % of the time" in printed
     assert 1 <= rows[0]["health/rankme"] <= 20
     assert rows[0]["health/rankme_share"] == pytest.approx(rows[0]["health/rankme"] / 20)
-    train.train(config(photos, plain))
+    train.train(config(photos, plain, epochs=2))
     assert_same(weights(out), weights(plain))
     keys = [key for key in rows[0] if key.startswith(("probe/", "health/rankme"))]
     assert len(keys) == 4

@@ -10,6 +10,7 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from torch import nn
@@ -295,14 +296,14 @@ def test_a_stale_rank_of_an_earlier_attempt_cannot_join(alone):
     ours |= {"SLURM_STEP_NODELIST": "localhost", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
     stale = ours | {"SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
     program = "from ssl_xcit import distributed; distributed.setup('cpu', timeout_s=60)"
-    process = subprocess.Popen(
+    process = forked.Popen(
         [sys.executable, "-c", program], env=os.environ | stale, stderr=subprocess.DEVNULL
     )
     try:
         for name, value in (ours | {"SLURM_RESTART_COUNT": "1"}).items():
             alone.setenv(name, value)
         with pytest.raises(torch.distributed.DistError, match="1/2 clients joined"):
-            distributed.setup("cpu", timeout_s=8.0)
+            distributed.setup("cpu", timeout_s=4.0)
         assert process.poll() is None  # it was there
     finally:
         process.kill()

@@ -25,7 +25,7 @@ class Brightness(Task):
     kind = "fine-tuning"
 
     def __init__(self, config: FinetuneConfig, steps_per_epoch: int = 4) -> None:
-        self.config, self.ranks = config, distributed.setup("cpu")
+        self.configure(config, distributed.setup("cpu"))
         self.per_epoch, self.calls = steps_per_epoch, []
         self.loader = MultiCropLoader(
             config.data,

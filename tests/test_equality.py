@@ -1,15 +1,22 @@
 """What several ranks compute in a step is what one process computes on the same global batch.
 
-Each case runs in processes of its own; the case "one process" is the oracle of the others.
+The step of one process is the oracle of the others. All steps of as many ranks share one start.
 """
 
-import os
-import subprocess
+import functools
+import json
+import shutil
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
+import forked
 import pytest
 import torch
+from dump_ranks import digest
+from shallow import PROGRAM
+from torch import Tensor
 
 from ssl_xcit import checkpoint
 
@@ -34,12 +41,45 @@ SETTINGS = {
     "log_every": 1,
 }
 
-STEP = """
-import sys, torch
 
-dtype, out, *flags = sys.argv[1:]
-torch.set_default_dtype(getattr(torch, dtype))
+class Step(NamedTuple):
+    """A step of the global batch of 8."""
+
+    ranks: int
+    batch: int  # images of a micro-batch
+    accumulation: int
+    sync_bn: bool
+    dtype: str = "float64"
+    in_turn: bool | None = None  # crops_in_turn, which excludes BatchNorm in the head
+
+    def flags(self, photos: Path, folder: Path) -> list[str]:
+        settings = SETTINGS | {"data": photos, "out": folder / "run", "sync_bn": self.sync_bn}
+        settings |= {"batch_size_per_gpu": self.batch, "accumulation_steps": self.accumulation}
+        if self.in_turn is not None:
+            settings |= {"crops_in_turn": self.in_turn, "use_bn_in_head": False}
+        return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+
+
+DEPTHS = [2, pytest.param(12, marks=pytest.mark.long)]  # blocks of the network
+DTYPES = ("float64", "float32")
+CASES = {
+    # batch statistics over all ranks: one process with the whole batch
+    "synchronised": [(1, 8, 1, True), (2, 4, 1, True), (4, 2, 1, True)],
+    # batch statistics of each micro-batch: ranks and accumulation are one and the same
+    "micro-batches": [(1, 2, 4, False), (2, 2, 2, False), (4, 2, 1, False)],
+}
+AT_ONCE, IN_TURN = (Step(2, 2, 2, True, in_turn=in_turn) for in_turn in (False, True))
+UNSYNCHRONISED = Step(2, 4, 1, False)
+STEPS = [
+    *(Step(*way, dtype) for ways in CASES.values() for way in ways for dtype in DTYPES),
+    *(AT_ONCE, IN_TURN, UNSYNCHRONISED),
+]
+
+RANK = """
+import json, sys, torch
 torch.set_num_threads(1)
+from dump_ranks import digest
+from shallow import networks
 from ssl_xcit import distributed, engine
 from ssl_xcit.config import TrainConfig, load_config
 from ssl_xcit.guard import BatchStatistics
@@ -48,7 +88,6 @@ from ssl_xcit.train import Pretraining
 
 on_device = Task.on_device
 Task.on_device = lambda *arguments: on_device(*arguments).to(torch.get_default_dtype())
-found = {}
 
 class Observed(Pretraining):
     def loss(self, batch, step, micro):
@@ -63,146 +102,136 @@ class Observed(Pretraining):
             if p.grad is not None:
                 found[f"grad/{name}"] = p.grad.clone()
 
-config = load_config(TrainConfig, argv=flags)
-task = Observed(config, distributed.setup("cpu"))
-task.loader.set_epoch(0, 0)
-batches = iter(task.loader)
-for step in range(1):
-    engine.train_step(task, batches, step, BatchStatistics(task.modules()))
-task.loader.close()
-found["loss"] = distributed.all_reduce_mean(found["loss"])
-found["center"] = task.dino_loss.center
-for role, module in zip(("student", "teacher"), task.modules()):
-    for name, p in module.named_parameters():
-        found[f"{role}/{name}"] = p.detach()
-    for name, b in module.named_buffers():
-        found[f"buffer/{role}/{name}"] = b
-torch.save(found, f"{out}/{task.ranks.rank}.pt")
+ranks = distributed.setup("cpu")
+for folder, dtype, flags in json.loads(sys.argv[1]):
+    torch.set_default_dtype(getattr(torch, dtype))
+    found = {}
+    with networks(int(sys.argv[2])):
+        task = Observed(load_config(TrainConfig, argv=flags), ranks)
+    task.loader.set_epoch(0, 0)
+    engine.train_step(task, iter(task.loader), 0, BatchStatistics(task.modules()))
+    task.loader.close()
+    found["loss"] = distributed.all_reduce_mean(found["loss"])
+    found["center"] = task.dino_loss.center
+    for role, module in zip(("student", "teacher"), task.modules()):
+        for name, p in module.named_parameters():
+            found[f"{role}/{name}"] = p.detach()
+        for name, b in module.named_buffers():
+            found[f"buffer/{role}/{name}"] = b
+    if ranks.rank:
+        found = {name: digest(tensor) for name, tensor in found.items()}
+    torch.save(found, f"{folder}/{ranks.rank}.pt")
 distributed.teardown()
 """
 
 
-def one_step(photos, folder, world, batch, accumulation, dtype, sync_bn, **others) -> list[dict]:
-    """What each rank holds after a step of the global batch of 8."""
-    assert world * batch * accumulation == 8
-    folder.mkdir()
-    settings = SETTINGS | {"data": photos, "out": folder / "run", "sync_bn": sync_bn} | others
-    settings |= {"batch_size_per_gpu": batch, "accumulation_steps": accumulation}
-    flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    script = folder / "step.py"
-    script.write_text(STEP)
-    arguments = [sys.executable, *(launcher if world > 1 else []), script, dtype, folder, *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        arguments, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+@pytest.fixture(scope="module")
+def held(photos, tmp_path_factory) -> Iterator[Callable[[Step, int], list[dict]]]:
+    """What each rank holds after a step, with a network of so many blocks: rank 0 the tensors, the
+    others their digests."""
+    base = tmp_path_factory.mktemp("steps")
+
+    @functools.cache
+    def start(ranks: int, depth: int) -> dict[Step, Path]:
+        """The folders in which all steps of that many ranks have left what they hold."""
+        folders = {
+            step: base / f"{depth}-{number}"
+            for number, step in enumerate(STEPS)
+            if step.ranks == ranks
+        }
+        steps = []
+        for step, folder in folders.items():
+            folder.mkdir()
+            steps.append((str(folder), step.dtype, step.flags(photos, folder)))
+        arguments = [sys.executable, "-c", RANK, json.dumps(steps), str(depth)]
+        forked.run_ranks(ranks, arguments, cwd=TESTS)
+        return folders
+
+    def held(step: Step, depth: int) -> list[dict]:
+        folder = start(step.ranks, depth)[step]
+        return [torch.load(folder / f"{rank}.pt") for rank in range(step.ranks)]
+
+    yield held
+    shutil.rmtree(base)  # the session keeps such folders to its end, and this may be a gigabyte
 
 
-CASES = {
-    # batch statistics over all ranks: one process with the whole batch
-    "synchronised": [(1, 8, 1, True), (2, 4, 1, True), (4, 2, 1, True)],
-    # batch statistics of each micro-batch: ranks and accumulation are one and the same
-    "micro-batches": [(1, 2, 4, False), (2, 2, 2, False), (4, 2, 1, False)],
-}
+def agreed(ranks: list[dict]) -> dict[str, Tensor]:
+    """What all ranks hold, to the bit."""
+    tensors, *others = ranks
+    digests = {name: digest(tensor) for name, tensor in tensors.items()}
+    for found in others:
+        assert found == digests, [name for name in digests if found.get(name) != digests[name]]
+    return tensors
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
-def test_ranks_and_accumulation_change_no_gradient_centre_or_average(photos, tmp_path, case, dtype):
+def test_ranks_and_accumulation_change_no_gradient_centre_or_average(held, case, dtype, depth):
     tolerance = {"float64": 1e-10, "float32": 1e-5}[dtype]
-    runs = [
-        one_step(photos, tmp_path / str(i), world, batch, accumulation, dtype, sync_bn)
-        for i, (world, batch, accumulation, sync_bn) in enumerate(CASES[case])
-    ]
-    ((alone,), *others) = runs
-    assert len([name for name in alone if name.startswith("grad/")]) > 200
+    ((alone,), *others) = [held(Step(*way, dtype), depth) for way in CASES[case]]
+    learnt, weights = (
+        {name.removeprefix(prefix) for name in alone if name.startswith(prefix)}
+        for prefix in ("grad/", "student/")
+    )
+    assert weights - learnt == {"head.last_layer.weight_g"}
+    assert len(weights) > 200 * depth / 12
     assert alone["grad/backbone.patch_embed.proj.0.0.weight"].abs().max() > 1e-3
     for ranks in others:
-        for name, tensor in ranks[0].items():
-            assert all(torch.equal(rank[name], tensor) for rank in ranks), name
+        found = agreed(ranks)
         for name, tensor in alone.items():
             if name.startswith("buffer/") and case == "micro-batches":
                 continue  # one process moves them once per micro-batch, ranks once per step
             if name.startswith("student/") and dtype == "float32":
                 continue  # Adam's first step has the full length whatever the gradient's
-            found = ranks[0][name]
             torch.testing.assert_close(
-                found, tensor, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+                found[name], tensor, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
             )
 
 
-def test_crops_in_turn_change_no_gradient_centre_or_average_of_several_ranks(photos, tmp_path):
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_crops_in_turn_change_no_gradient_centre_or_average_of_several_ranks(held, depth):
     """Nor the running statistics: the global crops' move them first in either case."""
-    whole, in_turn = (
-        one_step(
-            photos, tmp_path / text, 2, 2, 2, "float64", True,
-            use_bn_in_head="false", crops_in_turn=text,
+    before, after = (agreed(held(step, depth)) for step in (AT_ONCE, IN_TURN))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        torch.testing.assert_close(
+            after[name], tensor, rtol=0, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
         )
-        for text in ("false", "true")
-    )  # fmt: skip
-    for before, after in zip(whole, in_turn, strict=True):
-        assert before.keys() == after.keys()
-        for name, tensor in before.items():
-            torch.testing.assert_close(
-                after[name], tensor, rtol=0, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
-            )
 
 
-def test_another_way_to_batch_is_told_from_the_same(photos, tmp_path):
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_another_way_to_batch_is_told_from_the_same(held, depth):
     """The oracle can fail: without synchronised statistics two ranks are not one process."""
-    (alone,) = one_step(photos, tmp_path / "a", 1, 8, 1, "float64", True)
-    ranks = one_step(photos, tmp_path / "b", 2, 4, 1, "float64", False)
+    (alone,), (found, _) = held(Step(1, 8, 1, True), depth), held(UNSYNCHRONISED, depth)
     name = "grad/backbone.patch_embed.proj.0.0.weight"
-    assert (ranks[0][name] - alone[name]).abs().max() > 1e-5
-    assert (ranks[0]["center"] - alone["center"]).abs().max() > 1e-6
+    assert (found[name] - alone[name]).abs().max() > 1e-5
+    assert (found["center"] - alone["center"]).abs().max() > 1e-6
 
 
 def test_a_run_of_four_ranks_continues_on_two_with_the_images_in_the_same_order(photos, tmp_path):
-    out = tmp_path / "run"
-    script = tmp_path / "images.py"
-    script.write_text(
-        "import os, sys\n"
-        "from pathlib import Path\n"
-        "from ssl_xcit.config import TrainConfig, run_command\n"
-        "from ssl_xcit.train import Pretraining\n"
-        "loss = Pretraining.loss\n"
-        "def noted(task, batch, step, micro):\n"
-        "    with open(f\"{os.environ['NOTES']}_{task.ranks.rank}\", 'a') as file:\n"
-        "        print(step, task.loader.place(micro), *batch[2].tolist(), file=file)\n"
-        "    return loss(task, batch, step, micro)\n"
-        "Pretraining.loss = noted\n"
-        "run_command(TrainConfig, 'ssl_xcit.train:train')\n"
-    )
-    images = {}
-    for name, world, epochs in (("whole", 1, 2), ("four", 4, 2), ("two", 2, 2)):
-        folder = tmp_path / "whole" if name == "whole" else out
-        settings = SETTINGS | {"data": photos, "out": folder, "epochs": epochs}
-        settings |= {"batch_size_per_gpu": 2, "accumulation_steps": 4 // world, "save_every": 1000}
+    run, images = tmp_path / "run", {}
+    for name, world, out in (("whole", 1, tmp_path / "whole"), ("four", 4, run), ("two", 2, run)):
+        settings = SETTINGS | {"data": photos, "out": out, "epochs": 2, "save_every": 1000}
+        settings |= {"sync_bn": False, "local_crops_number": 0}  # nothing to the images
+        settings |= {"batch_size_per_gpu": 2, "accumulation_steps": 4 // world}
         flags = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-        arguments = [sys.executable, *(launcher if world > 1 else []), str(script), *flags]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "NOTES": str(tmp_path / name)}
-        done = subprocess.run(
-            arguments, env=environment, capture_output=True, text=True, timeout=300, check=False
+        forked.run_ranks(
+            world, [sys.executable, PROGRAM, "1", str(TESTS / "dump_ranks.py"), *flags]
         )
-        assert done.returncode == 0, done.stderr
         if name == "four":  # back to the end of the first epoch
             for path in (out / "checkpoints").glob("step_*"):
                 if checkpoint.load_checkpoint(path).state["step"] != 6:
-                    for file in path.iterdir():
-                        file.unlink()
-                    path.rmdir()
-        images[name] = {
-            tuple(row[:2]): row[2:]
+                    shutil.rmtree(path)
+        rows = [
+            [int(word) for word in line.split()]
             for rank in range(world)
-            for row in (
-                [int(word) for word in line.split()]
-                for line in (tmp_path / f"{name}_{rank}").read_text().splitlines()
-            )
-        }
+            for line in (out / f"images_{rank}").read_text().splitlines()
+        ]
+        images[name] = {tuple(row[:2]): row[2:] for row in rows}
+        assert len(images[name]) == len(rows)
+        for rank in range(world):
+            (out / f"images_{rank}").unlink()
     assert len(images["whole"]) == 12 * 4
     assert images["four"] == images["whole"]
     assert images["two"] == {key: row for key, row in images["whole"].items() if key[0] >= 6}

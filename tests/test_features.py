@@ -1,9 +1,9 @@
 import copy
 import itertools
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from torch import nn
@@ -257,10 +257,7 @@ distributed.teardown()
 def test_two_ranks_each_hold_the_features_of_one_process(tmp_path):
     script = tmp_path / "two_ranks.py"
     script.write_text(TWO_RANKS)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, "--nproc-per-node", "2", script, Path(__file__).parent, tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+    forked.run_ranks(2, [sys.executable, script, Path(__file__).parent, tmp_path])
     torch.manual_seed(0)
     expected = extract_features(Backbone(), make_loader(), FEATURES, CPU, "fp32")
     for rank in (0, 1):

@@ -10,10 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from conftest import photo_tiles
 from scipy.stats import beta, kstest
+from shallow import PROGRAM, networks
 from timm.data.mixup import mixup_target
 from torchvision import models
 from torchvision.transforms import v2
@@ -75,12 +77,14 @@ def batches(run: Finetuning, epoch: int = 0):
     return iter(run.loader)
 
 
-def command(*arguments: str, ranks: int = 0) -> subprocess.CompletedProcess:
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
-    start = [sys.executable, *(launcher if ranks else [])]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*start, SCRIPT, *arguments], check=False, capture_output=True, text=True, env=environment
+def command(*arguments: str, script=(SCRIPT,), run=forked.run) -> subprocess.CompletedProcess:
+    start = [sys.executable, *script, *arguments]
+    return run(
+        start,
+        check=False,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
 
 
@@ -388,12 +392,20 @@ def finished(photos, tmp_path_factory) -> Path:
     return out
 
 
-def test_kill_9_and_the_same_command_give_the_weights_of_an_undisturbed_run(photos, tmp_path):
+DEPTHS = [2, pytest.param(12, marks=pytest.mark.long)]  # blocks of the network
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_kill_9_and_the_same_command_give_the_weights_of_an_undisturbed_run(
+    photos, tmp_path, depth
+):
     settings = EVERYTHING | {"epochs": 6, "save_every": 0.001, "log_every": 3}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    finetune(config(photos, whole, **settings))
-    process = subprocess.Popen(
-        [sys.executable, SCRIPT, *flags(photos, broken, **settings)],
+    with networks(depth):
+        finetune(config(photos, whole, **settings))
+    script = [PROGRAM, str(depth), SCRIPT]
+    process = forked.Popen(
+        [sys.executable, *script, *flags(photos, broken, **settings)],
         stdout=subprocess.DEVNULL,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
@@ -403,7 +415,7 @@ def test_kill_9_and_the_same_command_give_the_weights_of_an_undisturbed_run(phot
             process.send_signal(signal.SIGKILL)
         time.sleep(0.01)
     assert process.wait() == -signal.SIGKILL  # it had not finished
-    result = command(*flags(photos, broken, **settings))
+    result = command(*flags(photos, broken, **settings), script=script)
     assert result.returncode == 0, result.stderr
     ours, theirs = weights(broken), weights(whole)
     assert ours.keys() == theirs.keys()
@@ -420,8 +432,8 @@ def test_two_ranks_equal_one_process_with_two_micro_batches(photos, tmp_path):
     """After one step Adam's moments are the gradients; what follows amplifies their rounding."""
     settings = EVERYTHING | {"epochs": 1, "sync_bn": "false"}  # statistics of a micro-batch
     two, one = tmp_path / "two", tmp_path / "one"
-    result = command(*flags(photos, two, **settings, batch_size_per_gpu=24), ranks=2)
-    assert result.returncode == 0, result.stderr
+    arguments = flags(photos, two, **settings, batch_size_per_gpu=24)
+    forked.run_ranks(2, [sys.executable, SCRIPT, *arguments])
     finetune(config(photos, one, **settings, batch_size_per_gpu=24, accumulation_steps=2))
     ours, theirs = weights(two), weights(one)
     gradients = [key for key in ours if key.endswith("/exp_avg")]
@@ -460,9 +472,11 @@ def test_the_result_is_the_averages_accuracy_on_the_test_images(photos, finished
     assert any(not torch.equal(model[key], average[key]) for key in model)
 
 
-def test_training_learns_the_two_photographs(photos, tmp_path):
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_training_learns_the_two_photographs(photos, tmp_path, depth):
     changes = PLAIN | {"epochs": 8, "simple_crop": True, "lr": 0.04}
-    result = finetune(config(photos, tmp_path / "run", **changes))
+    with networks(depth):
+        result = finetune(config(photos, tmp_path / "run", **changes))
     assert result["top1"] >= 90
     assert (result["source"], result["weights"]) == ("random_init", "last")
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
@@ -540,7 +554,8 @@ def test_bad_input_is_one_clear_line(photos, tmp_path, changes, words):
 
 
 def test_a_command_without_a_start_says_so_with_status_2(photos, tmp_path):
-    result = command(*flags(photos, tmp_path / "run", from_scratch="false"))
+    arguments = flags(photos, tmp_path / "run", from_scratch="false")
+    result = command(*arguments, run=subprocess.run)  # whose imports may warn
     assert result.returncode == 2
     assert result.stderr.startswith("error: give exactly one of --init PATH and --from_scratch")
     assert len(result.stderr.splitlines()) == 1

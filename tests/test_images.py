@@ -4,11 +4,11 @@ import gzip
 import io
 import os
 import struct
-import subprocess
 import sys
 import warnings
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import sklearn.datasets
@@ -253,7 +253,7 @@ def test_the_loaders_decoder_agrees_on_what_is_broken(tmp_path):
     for i, data in enumerate(cases):
         (tmp_path / f"{i:03}").write_bytes(data)
     # In a process of its own: pytest's type checks of every function do not compile
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-c", DECODE_ALL, tmp_path], capture_output=True, text=True, check=True
     )
     statuses = [int(line) for line in done.stdout.split()]

@@ -14,10 +14,10 @@ SCRIPTS = [ROOT / "main_dino.py", *(ROOT / "eval").glob("*.py"), *(ROOT / "launc
 
 # A module imports only from rows above its own, so there are no cycles.
 ROWS = [
-    ["errors"],
+    ["errors", "processor", "neighbours"],
     ["options", "schedules", "distributed", "draws", "products", "model_zoo", "signals", "tokens"],
     ["charts", "report_style", "prototypes", "xca", "lpi", "drop_path"],
-    ["config", "sync_batchnorm", "guard", "watch", "report_curves", "chunked_loss"],
+    ["config", "precision", "sync_batchnorm", "guard", "watch", "report_curves", "chunked_loss"],
     ["finetune_config", "supervised_config", "visualize_config", "plan", "submission", "verdict"],
     ["eval_config", "metrics", "xcit", "augment", "optim", "kernels", "images", "diagnostics"],
     ["formats", "sinks"],
@@ -69,7 +69,7 @@ PLAIN |= {"tokens", "xca", "lpi", "drop_path"}
 PLAIN |= {"mixing", "tensor_augment", "weight_average", "distillation"}
 CONFIGURATION = {"config", "eval_config", "finetune_config", "options"}
 # Imported by every --help, so nothing heavy.
-LIGHT = {"errors", "options", "config", "eval_config", "finetune_config"}
+LIGHT = {"errors", "processor", "options", "config", "eval_config", "finetune_config"}
 LIGHT |= {"model_zoo", "supervised_config", "visualize_config", "plan", "submission", "verdict"}
 # Not in requirements.txt: who wants to export or to log there installs them, and is told to.
 OPTIONAL = {"onnxruntime", "wandb"}

@@ -1,12 +1,17 @@
 """Pretraining that starts from weights: what is loaded, what is said, what is refused."""
 
 import argparse
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import forked
 import pytest
+import shallow
 import torch
-from test_train import command, config, flags
+from test_train import config, flags
 
 from ssl_xcit import distributed, train
 from ssl_xcit.checkpoint import load_latest, save_checkpoint
@@ -16,11 +21,23 @@ from ssl_xcit.train import Pretraining
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _shallow_networks():
+    with shallow.networks():
+        yield
+
+
 @pytest.fixture(scope="module")
 def finished(photos, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "a"
     train.train(config(photos, out, epochs=1))
     return out
+
+
+def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    options = {"capture_output": True, "text": True, "env": environment, "cwd": cwd}
+    return forked.run([sys.executable, *arguments], **options)
 
 
 def started(photos, tmp_path, source, **changes) -> tuple[Pretraining, list[str]]:
@@ -124,13 +141,13 @@ def test_the_command_says_what_was_loaded_once_and_a_resumed_run_needs_the_file_
     finished.rename(source)
     try:
         arguments = flags(photos, tmp_path / "new", init_from=source, epochs=1, seed=5)
-        script = str(ROOT / "main_dino.py")
-        done = command(script, *arguments, cwd=tmp_path)
+        script = [shallow.PROGRAM, "2", str(ROOT / "main_dino.py")]
+        done = command(*script, *arguments, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert "center: loaded" in done.stdout
     finally:
         source.rename(finished)
-    again = command(script, *arguments, cwd=tmp_path)
+    again = command(*script, *arguments, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert "loaded" not in again.stdout
 

@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import functools
 import gzip
 import json
 import math
@@ -9,14 +10,16 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
+import shallow
 import torch
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ssl_xcit import knn, knn_evaluation
+from ssl_xcit import knn, knn_evaluation, precision
 from ssl_xcit.augment import EvalView
 from ssl_xcit.beton import Beton, write_beton
 from ssl_xcit.checkpoint import save_checkpoint
@@ -35,9 +38,15 @@ from ssl_xcit.knn import (
 from ssl_xcit.knn_evaluation import evaluate_knn
 from ssl_xcit.loader import EvalLoader
 from ssl_xcit.probe import knn_probe
-from ssl_xcit.xcit import build_xcit
+from ssl_xcit.xcit import VARIANTS, build_xcit
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _shallow_networks():
+    with shallow.networks():
+        yield
 
 
 def clusters(n, classes, d, seed, spread=1.0, dtype=torch.float64):
@@ -108,7 +117,13 @@ def test_every_prediction_and_neighbour_equals_scikit_learn_on_clusters(classes,
 
 
 @pytest.mark.skipif(not FASHION_MNIST.exists(), reason="needs Debian's dataset-fashion-mnist")
-@pytest.mark.parametrize(("n", "m", "ks"), [(2000, 500, (1, 5, 20, 200)), (60000, 10000, (5,))])
+@pytest.mark.parametrize(
+    ("n", "m", "ks"),
+    [
+        (6000, 500, (1, 5, 20, 200)),  # three blocks of training images
+        pytest.param(60000, 10000, (5,), marks=pytest.mark.long),
+    ],
+)
 def test_every_prediction_equals_scikit_learn_on_fashion_mnist_pixels(n, m, ks):
     def read(split, count):
         images = gzip.decompress((FASHION_MNIST / f"{split}-images-idx3-ubyte.gz").read_bytes())
@@ -334,6 +349,7 @@ ARCH = "xcit_nano_12_p16"
 
 def knn_config(betons, **options):
     view = {"resize": 32, "crop": 32, "num_workers": 1, "device": "cpu"}
+    options = {"precision": "fp32"} | options
     return KnnConfig(train=betons[0], test=betons[1], **view, **options)
 
 
@@ -382,22 +398,25 @@ def top1(result):
     return {row["k"]: row["top1"] for row in result["accuracy"]}
 
 
-def expected_accuracy(seed, betons, which, ks, mean, std):
-    """From the model and the images, by scikit-learn."""
+@functools.cache
+def expected_features(depth, seed, path, mean, std):
+    """({kind: features}, labels) from the model and the images, in float64."""
     torch.manual_seed(seed)
     model = build_xcit(ARCH, num_classes=0).double().eval()
-    sets = []
+    ((images, labels, _),) = EvalLoader(path, EvalView(32, 32), 64, num_threads=1)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+    with torch.no_grad():
+        cls, patches = model.forward_features((images.double() / 255 - mean) / std)
+    patch = patches.mean(dim=1)
+    return {"cls": cls, "patch": patch, "cls+patch": torch.cat((cls, patch), dim=1)}, labels
+
+
+def expected_accuracy(seed, betons, which, ks, mean, std):
+    """From the model and the images, by scikit-learn."""
+    depth, sets = VARIANTS["xcit_nano_12"].depth, []
     for path in betons:
-        loader = EvalLoader(path, EvalView(32, 32), 64, num_threads=1)
-        ((images, labels, _),) = loader
-        images = (images.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(
-            std
-        ).view(3, 1, 1)
-        with torch.no_grad():
-            cls, patches = model.forward_features(images)
-        patch = patches.mean(dim=1)
-        kinds = {"cls": cls, "patch": patch, "cls+patch": torch.cat((cls, patch), dim=1)}
-        sets.append((kinds[which], labels))
+        features, labels = expected_features(depth, seed, path, mean, std)
+        sets.append((features[which], labels))
     (train, train_labels), (test, test_labels) = sets
     return {k: 100 * sklearn_knn(k, 0.07, train, train_labels).score(test, test_labels) for k in ks}
 
@@ -444,6 +463,14 @@ def test_the_result_is_printed_and_stored_with_all_that_decided_it(betons, run, 
     assert "100.00   only 40 training images: all of them vote\n" in printed
 
 
+@pytest.fixture
+def _networks(depth):
+    with shallow.networks(depth):
+        yield
+
+
+@shallow.either_depth
+@pytest.mark.usefixtures("_networks")
 def test_the_untrained_network_is_that_of_its_seed_and_no_other_draw_changes(betons):
     torch.manual_seed(7)
     state = torch.get_rng_state()
@@ -582,32 +609,47 @@ def test_folders_of_images_give_the_result_of_the_files_written_from_them(betons
 
 
 SMALL_PARTS = """
-import sys
+import time
 from ssl_xcit import feature_cache
 from ssl_xcit.config import run_command
 from ssl_xcit.eval_config import KnnConfig
 
+def slowly(*arguments, extract=feature_cache.extract_features, **options):
+    time.sleep(0.05)  # or the last part might be there before a kill comes
+    return extract(*arguments, **options)
+
 feature_cache.PART = 8
+feature_cache.extract_features = slowly
 run_command(KnnConfig, "ssl_xcit.knn_evaluation:evaluate_knn")
 """
 
 
-def knn_command(tmp_path, betons, run, *options, ranks=1):
+def knn_command(tmp_path, betons, run, *options):
     script = tmp_path / "small_parts.py"
     script.write_text(SMALL_PARTS)
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     view = ["--resize", "32", "--crop", "32", "--num_workers", "1", "--device", "cpu"]
+    view += ["--precision", "fp32"]
     data = ["--train", betons[0], "--test", betons[1], "--checkpoint", str(run)]
-    return [*launcher, str(script), *data, *view, "--k", "1", "5", "20", *options]
+    return [
+        sys.executable,
+        shallow.PROGRAM,
+        "2",
+        str(script),
+        *data,
+        *view,
+        "--k",
+        "1",
+        "5",
+        "20",
+        *options,
+    ]
 
 
 def test_a_killed_evaluation_continues_with_the_features_it_has(betons, run, tmp_path):
     folder, out = tmp_path / "features", tmp_path / "result.json"
     options = ["--save-features", str(folder), "--out", str(out)]
     command = knn_command(tmp_path, betons, run, *options)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = forked.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while len(list(folder.glob("train-*.safetensors"))) < 2 and time.monotonic() < deadline:
         assert process.poll() is None
@@ -617,7 +659,7 @@ def test_a_killed_evaluation_continues_with_the_features_it_has(betons, run, tmp
     assert not (folder / "features.json").exists()
     made = {path: path.stat().st_mtime_ns for path in folder.glob("train-*.safetensors")}
     assert len(made) >= 2
-    subprocess.run(command, check=True, timeout=120, capture_output=True)
+    forked.run(command, check=True, timeout=120, capture_output=True)
     assert len(list(folder.glob("train-*.safetensors"))) == 5  # of 8 images
     assert len(list(folder.glob("test-*.safetensors"))) == 6
     assert all(path.stat().st_mtime_ns == when for path, when in made.items())
@@ -635,9 +677,7 @@ def test_a_killed_evaluation_continues_with_the_features_it_has(betons, run, tmp
 def test_two_ranks_predict_what_one_process_predicts(betons, run, tmp_path):
     out = tmp_path / "result.json"
     options = ["--save-features", str(tmp_path / "features"), "--out", str(out)]
-    command = knn_command(tmp_path, betons, run, *options, ranks=2)
-    done = subprocess.run(command, timeout=200, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    forked.run_ranks(2, knn_command(tmp_path, betons, run, *options))
     result = json.loads(out.read_text())
     assert result["ranks"] == 2
     alone = evaluate_knn(knn_config(betons, checkpoint=str(run), k=(1, 5, 20)))
@@ -677,6 +717,22 @@ def test_features_of_another_evaluation_are_refused_and_not_overwritten(betons, 
     (folder / "features.json").unlink()
     with pytest.raises(UserError, match=f"{folder} holds no complete features"):
         evaluate_knn(KnnConfig(load_features=str(folder)))
+
+
+def test_features_go_on_in_the_precision_in_which_they_were_begun(
+    betons, run, tmp_path, monkeypatch
+):
+    options = {"checkpoint": str(run), "k": (1,), "save_features": str(tmp_path)}
+    config = knn_config(betons, **options, precision="bf16")
+    whole = evaluate_knn(config)
+    (tmp_path / "features.json").unlink()
+    (tmp_path / "test-00000000.safetensors").unlink()
+    lesser = precision.Precision("fp32", "a reason")
+    monkeypatch.setattr(precision, "quickest", lambda device: lesser)
+    rest = evaluate_knn(dataclasses.replace(config, precision="auto"))
+    assert (rest["precision"], rest["accuracy"]) == ("bf16", whole["accuracy"])
+    fresh = dataclasses.replace(config, precision="auto", save_features="")
+    assert evaluate_knn(fresh)["precision"] == "fp32"
 
 
 def test_a_fingerprint_tells_names_shapes_types_and_values_apart():

@@ -15,6 +15,7 @@ import threading
 import time
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import sklearn.datasets
@@ -256,12 +257,12 @@ print(*sequence(Beton(sys.argv[1]), world=1, batch=32, threads=1))
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the name of the old CPU is x86-64's")
-def test_a_cpu_without_wide_vectors_gives_the_same_bits(originals, tmp_path):
+def test_a_cpu_without_wide_vectors_gives_the_same_bits(originals):
+    # Numba's cache tells CPUs apart: this one's kernels are compiled once for each change of them
     environment = {
         **os.environ,
         "NUMBA_CPU_NAME": "nehalem",  # SSE 4.2: vectors of 16 bytes, no fused multiply-add
         "NUMBA_CPU_FEATURES": "",
-        "NUMBA_CACHE_DIR": str(tmp_path),
     }
     result = subprocess.run(
         [sys.executable, "-c", OLD_CPU, str(originals.path)],
@@ -708,7 +709,7 @@ def test_a_killed_rank_disturbs_no_other_and_its_successor_goes_on_where_it_was(
     def start(*arguments):
         command = [sys.executable, "-c", RANK, str(originals.path), *map(str, arguments)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        return subprocess.Popen(command, **pipes)
+        return forked.Popen(command, **pipes)
 
     undisturbed = [start(rank, 0) for rank in (0, 1)]
     expected = [process.communicate(timeout=200)[0].splitlines() for process in undisturbed]

@@ -6,6 +6,7 @@ size, and arithmetic written out.
 
 import copy
 import dataclasses
+import functools
 import math
 
 import pytest
@@ -59,9 +60,23 @@ def real_step(config, drop_path_rate=0.0, join_sizes=False):
     return student, teacher, DINOLoss(config.head.out_dim), crops
 
 
-@pytest.fixture(scope="module")
-def memory():
-    return training_memory(SMALL, 1, cuda=False)
+pytestmark = pytest.mark.usefixtures("nano_blocks")
+
+
+@functools.cache
+def made_once(blocks, config):
+    return training_memory(config, 1, cuda=False)
+
+
+@pytest.fixture
+def planned(nano_blocks):
+    """What is planned for one rank: a function of the configuration."""
+    return functools.partial(made_once, nano_blocks)
+
+
+@pytest.fixture
+def memory(planned):
+    return planned(SMALL)
 
 
 def convolution_gradients(grad_shape, x_shape, w_shape, *args, out_shape=None, **kwargs):
@@ -130,41 +145,40 @@ def test_planned_memory_is_to_the_byte_what_the_operators_of_a_real_step_return(
     assert memory.passes == pytest.approx(real_passes(SMALL), rel=1e-4)  # the odd scalar
 
 
-def test_checkpointed_activations_are_planned_to_the_byte_and_are_a_fraction(memory):
+def test_checkpointed_activations_are_planned_to_the_byte_and_are_a_fraction(planned, memory):
     config = changed(SMALL, "run", activation_checkpointing=True)
-    planned = training_memory(config, 1, cuda=False)
-    assert planned.passes == pytest.approx(real_passes(config), rel=1e-3)
-    assert planned.passes < 0.6 * memory.passes  # half of that are gradients of the weights
-    assert planned.resident == memory.resident
-    # what torch's allocator gave, scratch memory of operators included
-    assert 0.8 * allocated(config) < planned.passes <= allocated(config)
+    checkpointed = planned(config)
+    assert checkpointed.passes == pytest.approx(real_passes(config), rel=1e-3)
+    assert checkpointed.passes < 0.6 * memory.passes  # half of that are gradients of the weights
+    assert checkpointed.resident == memory.resident
+    peak = allocated(config)  # by torch's allocator, scratch memory of operators included
+    assert 0.8 * peak < checkpointed.passes <= peak
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_crops_in_turn_are_planned_to_the_byte_and_need_less(checkpointing):
+def test_crops_in_turn_are_planned_to_the_byte_and_need_less(planned, checkpointing):
     whole = changed(SMALL, "run", activation_checkpointing=checkpointing)
     in_turn = changed(whole, "crops", crops_in_turn=True)
-    planned = training_memory(in_turn, 1, cuda=False).passes
-    assert planned == pytest.approx(real_passes(in_turn), rel=1e-3)
-    assert planned < training_memory(whole, 1, cuda=False).passes
+    passes = planned(in_turn).passes
+    assert passes == pytest.approx(real_passes(in_turn), rel=1e-3)
+    assert passes < planned(whole).passes
 
 
-def test_crops_in_turn_need_the_activations_of_one_size():
+def test_crops_in_turn_need_the_activations_of_one_size(planned):
     """Those of the recipe's local crops are half of all; at this batch they are what counts."""
     recipe = dataclasses.replace(SMALL, crops=Crops(), optim=Optim(batch_size_per_gpu=32))
-    in_turn = training_memory(changed(recipe, "crops", crops_in_turn=True), 1, cuda=False).passes
-    alone = training_memory(changed(recipe, "crops", local_crops_number=0), 1, cuda=False).passes
-    whole = training_memory(recipe, 1, cuda=False).passes
-    assert in_turn < 1.05 * alone < 0.65 * whole
+    in_turn = planned(changed(recipe, "crops", crops_in_turn=True)).passes
+    alone = planned(changed(recipe, "crops", local_crops_number=0)).passes
+    assert in_turn < 1.05 * alone < 0.65 * planned(recipe).passes
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_samples_that_drop_a_branch_need_hardly_more_than_is_planned_or_less(precision):
+def test_samples_that_drop_a_branch_need_hardly_more_than_is_planned_or_less(planned, precision):
     config = changed(SMALL, "run", precision=precision)
-    planned = training_memory(config, 1, cuda=False).passes
+    passes = planned(config).passes
     torch.manual_seed(0)
-    assert real_passes(config, drop_path_rate=0.5) < 0.97 * planned
-    assert real_passes(config, drop_path_rate=0.05) < 1.03 * planned
+    assert real_passes(config, drop_path_rate=0.5) < 0.97 * passes
+    assert real_passes(config, drop_path_rate=0.05) < 1.03 * passes
 
 
 def real_passes(config, drop_path_rate=0.0, as_on_two_gpus=False):

@@ -1,9 +1,9 @@
 """`beton preview` shows the very pixels that the training's loader makes."""
 
 import inspect
-import subprocess
 import sys
 
+import forked
 import numpy as np
 import pytest
 from PIL import Image
@@ -188,11 +188,8 @@ def test_bad_arguments_are_refused_and_nothing_is_written(photos, tmp_path, opti
 
 
 def test_the_process_ends_in_one_line_and_status_2(photos, tmp_path):
-    done = subprocess.run(
-        [*COMMAND, tmp_path / "no.beton", "--out", tmp_path / "x.png"],
-        capture_output=True,
-        text=True,
-    )
+    command = [*COMMAND, tmp_path / "no.beton", "--out", tmp_path / "x.png"]
+    done = forked.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == (
         f"error: {tmp_path}/no.beton: expected a .beton file, found none; "

@@ -1,26 +1,29 @@
 """README.md keeps its word: each of its commands is taken from it and run, and what it says of
 their output, of files and of options is looked up.
 
-The commands run in a folder that holds the photographs where the README says images are. Shims for
-`python`, `torchrun` and `sleep` add options that make the training tiny; nothing else is changed.
+The commands run in a folder that holds the photographs where the README says images are. Options
+that make the training tiny are added; nothing else is changed. The long tests leave every command
+to a shell, whose `python`, `torchrun` and `sleep` are shims that add them. The others do so for a
+block of several commands alone: a command by itself is read here, and its processes are forked.
 """
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from conftest import photo_tiles
 
 from ssl_xcit import demo, options, verdict
-from ssl_xcit.config import SubmitConfig, TrainConfig, load_config
+from ssl_xcit.config import SubmitConfig, TrainConfig
 from ssl_xcit.eval_config import KnnConfig, LinearConfig
 from ssl_xcit.finetune_config import FinetuneConfig
 from ssl_xcit.plan import PlanConfig
 from ssl_xcit.supervised_config import SupervisedConfig
-from ssl_xcit.training_cost import plan_training
 from ssl_xcit.visualize_config import VisualizeConfig
 
 ROOT = Path(__file__).parents[1]
@@ -118,11 +121,17 @@ def shim(path: Path, body: str) -> None:
     path.chmod(0o755)
 
 
+@pytest.fixture(scope="module", params=["forked", pytest.param("shell", marks=pytest.mark.long)])
+def way(request) -> str:
+    """How commands are run."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, photos) -> Path:
+def folder(tmp_path_factory, photos, way) -> Path:
     """A checkout with images where the README has them, and a PATH of shims in bin/."""
     folder = tmp_path_factory.mktemp("readme")
-    for name in ("main_dino.py", "eval", "launch", "configs"):
+    for name in ("main_dino.py", "ssl_xcit", "eval", "launch", "configs"):
         (folder / name).symlink_to(ROOT / name)
     photo_tiles(folder / "path/to/images", 24)
     photo_tiles(folder / "path/to/test_images", 5)
@@ -143,13 +152,32 @@ def folder(tmp_path_factory, photos) -> Path:
     return folder
 
 
+def run_in_shell(unit: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(["bash", "-e", "-c", unit], **options)
+
+
+def run_forked(unit: str, **options) -> subprocess.CompletedProcess:
+    """Two processes for torchrun, which the shim gives two, too."""
+    program, *words = shlex.split(unit)
+    if program == "torchrun":
+        assert words[0] == "--nproc-per-node"
+        more = shlex.split(f"{ADDED['main_dino.py']} --epochs 1")
+        ranks = {name: options[name] for name in ("cwd", "env", "timeout")}
+        printed = forked.run_ranks(2, [sys.executable, *words[2:], *more], **ranks)
+        return subprocess.CompletedProcess(unit, 0, "".join(printed))
+    assert program == "python"
+    more = shlex.split(ADDED.get(words[0], ""))
+    return forked.run([sys.executable, *words, *more], **options)
+
+
 @pytest.fixture(scope="module")
-def done(folder) -> dict[str, subprocess.CompletedProcess]:
+def done(folder, way) -> dict[str, subprocess.CompletedProcess]:
     """What became of every command, run in the README's order until one fails."""
     found = {}
     for unit in HERE:
-        found[unit] = subprocess.run(
-            ["bash", "-e", "-c", unit],
+        run = run_forked if way == "forked" and "\n" not in unit else run_in_shell
+        found[unit] = run(
+            unit,
             cwd=folder,
             env={"PATH": f"{folder / 'bin'}:/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
@@ -269,22 +297,27 @@ def plan_rows() -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
+def assert_planned(row: list[str], printed: str) -> None:
+    """Memory and hours of a row of the table are those that a plan has printed."""
+    megabytes = float(re.search(r"at the peak +([\d,.]+) MB", printed)[1].replace(",", ""))
+    assert row[5] == f"{megabytes / 1e3:.1f} GB"
+    assert f" {row[6]} GPU hours" in printed
+
+
 def test_the_table_of_memory_and_time_is_the_plans(done):
     first, *others = plan_rows()
     printed = next(done[unit].stdout for unit in HERE if unit.startswith("python -m ssl_xcit.plan"))
     assert first[:5] == ["xcit_small_12_p16", "64", "1", "bf16", ""]
-    megabytes = float(re.search(r"at the peak +([\d,.]+) MB", printed)[1].replace(",", ""))
-    assert first[5] == f"{megabytes / 1e3:.1f} GB"
-    assert f"{first[6]} GPU hours" in printed
+    assert_planned(first, printed)
     options = {"crops in turn": "--crops_in_turn", "checkpointing": "--activation_checkpointing"}
     for means, option in options.items():
         row = next(row for row in others if row[4] == means)
-        arch, batch, accumulation, precision, _, memory, hours = row
+        arch, batch, accumulation, precision, *_ = row
         flags = ["--arch", arch, "--batch_size_per_gpu", batch, "--precision", precision]
         flags += ["--accumulation_steps", accumulation, option, "true", "--gpus", "8"]
-        plan = plan_training(load_config(PlanConfig, ["pretrain/{arch}.yaml"], flags))
-        assert memory == f"{plan.memory.peak / 1e9:.1f} GB"
-        assert hours == f"{8 * plan.hours:,.0f}"
+        command = [sys.executable, "-m", "ssl_xcit.plan", *flags]
+        plan = forked.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        assert_planned(row, plan)
 
 
 def test_the_readme_is_short_and_its_picture_small():

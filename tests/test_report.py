@@ -9,13 +9,14 @@ import json
 import math
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import chromium
+import forked
 import numpy as np
 import pytest
+import shallow
 import torch
 from PIL import Image
 from sklearn.neighbors import NearestNeighbors
@@ -40,6 +41,12 @@ from ssl_xcit.subject import checkpoint_subject
 from ssl_xcit.verdict import verdict
 
 EVIL = 'a<b>&"c'  # what a folder may be called
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _shallow_networks():
+    with shallow.networks():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -301,7 +308,7 @@ def test_a_fine_tuning_has_a_report_too(photos, tmp_path):
 
 def test_what_is_no_run_is_one_line_and_status_2(tmp_path):
     command = [sys.executable, "-m", "ssl_xcit.report", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = forked.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert "is no run folder" in done.stderr
 

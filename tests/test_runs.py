@@ -9,7 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
+import shallow
 from test_finetune import config as finetune_config
 from test_train import config
 
@@ -108,8 +110,9 @@ def test_a_sweep_shows_the_values_and_slurm_the_states(tmp_path, squeue):
 
 def test_a_real_run_and_a_real_fine_tuning_are_listed(photos, tmp_path, squeue):
     out = tmp_path / "r/a"
-    last = train.train(config(photos, out, epochs=1))
-    finetune(finetune_config(photos, out / "eval/finetune", epochs=1))
+    with shallow.networks():
+        last = train.train(config(photos, out, epochs=1))
+        finetune(finetune_config(photos, out / "eval/finetune", epochs=1))
     squeue()
     table = cells(tmp_path / "r")
     assert table[1][:5] == ["a", "finished", "1/1", "4", f"{last['train/loss']:.4f}"]
@@ -129,7 +132,7 @@ def test_a_folder_without_runs_is_one_line_and_status_2(tmp_path):
     with pytest.raises(UserError, match="no run folder at or below"):
         runs.list_runs(tmp_path)
     command = [sys.executable, "-m", "ssl_xcit.runs", str(tmp_path / "nowhere")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = forked.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
 
 

@@ -1,12 +1,23 @@
-"""scripts/setup.sh on machines of every kind: stubs play what it calls and keep a record."""
+"""scripts/setup.sh on machines of every kind: stubs play what it calls and keep a record.
 
+And how the tests themselves are started.
+"""
+
+import os
+import re
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
+import jaxtyping
 import pytest
+import torch
 
-SETUP = Path(__file__).parents[1] / "scripts/setup.sh"
+from ssl_xcit.dino import teacher_probs
+
+ROOT = Path(__file__).parents[1]
+SETUP = ROOT / "scripts/setup.sh"
 PACKAGES = ["python3-venv", "python3-dev", "g++", "make", "pkg-config"]
 PACKAGES += ["libopencv-dev", "libturbojpeg0-dev"]
 DATASET = "dataset-fashion-mnist"
@@ -204,3 +215,54 @@ def test_no_suitable_python_is_one_line(machine):
     assert done.stderr.startswith("error: need Python 3.11 or 3.12")
     assert done.stderr.count("\n") == 1
     assert INSTALL[1] not in calls
+
+
+# The Makefile
+
+
+def would_run(tmp_path: Path, *arguments: str, cores: int = 2) -> str:
+    """What make would run on a machine that says that this process may use so many cores."""
+    nproc = tmp_path / "nproc"
+    nproc.write_text(f'#!/bin/sh\necho "${{OMP_NUM_THREADS:-{cores}}}"\n')
+    nproc.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "OMP_NUM_THREADS": "5"}
+    environment = {k: v for k, v in environment.items() if k not in ("WORKERS", "MAKEFLAGS")}
+    command = ["make", "--dry-run", *arguments]
+    return subprocess.check_output(command, cwd=ROOT, env=environment, text=True)
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(1, 1), (2, 2), (8, 8), (64, 8)])
+def test_the_tests_have_a_worker_for_each_core_and_at_most_eight(tmp_path, cores, workers):
+    for target in ("test", "test-all"):
+        shown = would_run(tmp_path, target, cores=cores)
+        assert f"-m pytest -n {workers} --dist loadfile" in shown
+    assert f"WORKERS={workers} scripts/oldest.sh" in would_run(tmp_path, "oldest", cores=cores)
+
+
+def test_the_number_of_workers_can_be_given(tmp_path):
+    assert "-m pytest -n 1 --dist loadfile " in would_run(tmp_path, "test", "WORKERS=1")
+
+
+def test_long_tests_are_left_out_of_make_test_only(tmp_path):
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]
+    assert settings["ini_options"]["addopts"].endswith(" -m 'not long'")
+    assert " -m pytest" in would_run(tmp_path, "test")
+    assert ' -m ""' not in would_run(tmp_path, "test")
+    for target in ("test-all", "soak"):  # the last -m counts
+        assert ' -m ""' in would_run(tmp_path, target)
+    assert ' -m pytest -m "" ' in (ROOT / "scripts/oldest.sh").read_text()
+    assert " -m pytest -m long " in (ROOT / ".ci/run").read_text()
+
+
+def test_make_help_lists_every_target():
+    (targets,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    shown = subprocess.check_output(["make", "help"], cwd=ROOT, text=True)
+    assert re.findall(r"^make ([a-z-]+) +\w", shown, re.MULTILINE) == targets.split()
+
+
+def test_types_and_shapes_are_checked_while_testing():
+    """In each worker: what addopts say must have reached it."""
+    logits, center = torch.zeros(2, 3), torch.zeros(1, 3)
+    assert teacher_probs(logits, center, 0.04).shape == (2, 3)
+    with pytest.raises(jaxtyping.TypeCheckError):
+        teacher_probs(logits[0], center, 0.04)

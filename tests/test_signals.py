@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 
+import forked
 import pytest
 
 from ssl_xcit.signals import EXIT_STOPPED, SIGNALS, Stopped, StopSignals
@@ -55,7 +56,7 @@ def test_a_process_interrupted_in_a_computation_exits_with_the_documented_status
         "    while True:\n"
         "        sum(range(1000))\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    process = forked.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"ready\n"
     time.sleep(0.05)
     process.send_signal(signal.SIGUSR2)

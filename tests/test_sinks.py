@@ -5,8 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
+from test_diagnostics import set_depth
 from test_train import ROOT, config, flags
 
 from ssl_xcit import train
@@ -32,6 +34,12 @@ def init(**arguments):
         raise errors.Error("api_key not configured")
     return Run(**arguments)
 """
+
+
+@pytest.fixture(autouse=True)
+def shallow(monkeypatch):
+    """Networks of one block."""
+    set_depth(monkeypatch, 1)
 
 
 def scalars(out: Path) -> dict[str, list[tuple[int, float]]]:
@@ -148,7 +156,7 @@ def run_without(package: str, *arguments: str) -> subprocess.CompletedProcess:
         f"runpy.run_path({str(ROOT / 'main_dino.py')!r}, run_name='__main__')"
     )
     command = [sys.executable, "-c", program]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return forked.run(command, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize(("package", "value"), [("tensorboard", "true"), ("wandb", "birds")])

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import pytest
 import yaml
 from submitit.helpers import DelayedSubmission
@@ -29,9 +30,9 @@ GIVEN = ["--arch", "xcit_nano_12_p8", "--data", "train.beton"]
 
 
 def run_submit(
-    *flags: str, cwd: Path, path: str = "/nowhere", **variables: str
+    *flags: str, cwd: Path, path: str = "/nowhere", start=forked.run, **variables: str
 ) -> subprocess.CompletedProcess:
-    return subprocess.run(
+    return start(
         [sys.executable, str(SUBMIT), *flags],
         cwd=cwd,
         env={"PATH": path} | variables,
@@ -574,18 +575,18 @@ def test_an_error_in_a_debug_job_is_raised(folder, monkeypatch):
 
 
 def test_a_local_job_trains_here_with_its_copy_of_the_program(photos, tmp_path):
-    """Two processes, which are two ranks of one run."""
+    """Two processes, which are two ranks of one run. Each process is an interpreter of its own."""
     job_flags = ["--cluster", "local", "--gpus_per_node", "0", "--tasks_per_node", "2"]
     flags = tiny_flags(photos, "runs/a", epochs=1, batch_size_per_gpu=6, num_workers=1)
     environment = {"OMP_NUM_THREADS": "1", "path": os.environ["PATH"]}
-    done = run_submit(*flags, *job_flags, cwd=tmp_path, **environment)
+    done = run_submit(*flags, *job_flags, cwd=tmp_path, start=subprocess.run, **environment)
     assert done.returncode == 0, done.stderr
     number = done.stdout.split()[1].rstrip(",")
     logs = tmp_path / "runs/a/slurm"
     end = time.monotonic() + 120
     while not all((logs / f"{number}_{task}_result.pkl").exists() for task in range(2)):
         assert time.monotonic() < end, (logs / f"{number}_0_log.err").read_text()
-        time.sleep(0.2)
+        time.sleep(0.05)
     log = (logs / f"{number}_0_log.out").read_text()
     assert f"program in {logs}/code_1" in log
     assert "rank 0 of 2 (submitit)" in log

@@ -29,6 +29,10 @@ from ssl_xcit.loader import MultiCropLoader
 from ssl_xcit.metrics import read_metrics
 from ssl_xcit.runs import list_runs
 
+# SLURM takes its time: it waits before it queues a job again, before it ends one at its limit and
+# before it calls a node lost. test_slurm.py has what a job does without it.
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[1]
 SMALL = SMALL | {"epochs": 12, "num_workers": 1, "local_crops_number": 1}
 STEPS = 48

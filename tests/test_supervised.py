@@ -8,13 +8,14 @@ import dataclasses
 import hashlib
 import json
 import statistics
-import subprocess
 import sys
 from importlib import resources
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
+import shallow
 import timm
 import torch
 from PIL import Image
@@ -61,14 +62,25 @@ PIPELINES = {
 ALONE = Distributed(0, 1, 0, torch.device("cpu"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _shallow_networks():
+    with shallow.networks():
+        yield
+
+
+@pytest.fixture
+def _whole_networks():
+    with shallow.networks(depth=12):
+        yield
+
+
 @pytest.fixture(scope="module")
 def wnids():
     text = (resources.files("timm.data") / "_info" / "imagenet_synsets.txt").read_text()
     return text.split()
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
+def write_weights(folder):
     """An XCiT nano with random weights and 1,000 classes, under an official file's name."""
     torch.manual_seed(0)
     model = build_xcit("xcit_nano_12_p16")
@@ -76,9 +88,13 @@ def weights(tmp_path_factory):
         for name, parameter in model.named_parameters():
             if "gamma" in name or name.startswith("head"):
                 parameter.copy_(torch.randn_like(parameter))
-    path = tmp_path_factory.mktemp("weights") / OFFICIAL
-    torch.save({"model": model.state_dict()}, path)
-    return path
+    torch.save({"model": model.state_dict()}, folder / OFFICIAL)
+    return folder / OFFICIAL
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return write_weights(tmp_path_factory.mktemp("weights"))
 
 
 def photographs():
@@ -89,10 +105,9 @@ def photographs():
         yield Image.fromarray(photo[top : top + height, left : left + width])
 
 
-@pytest.fixture(scope="module")
-def answers(weights):
-    """(preprocess, resolution) -> timm's five likeliest classes of each photograph."""
-    model = timm.create_model("xcit_nano_12_p16_224")
+def ask_timm(weights, depth):
+    """Preprocessing -> timm's five likeliest classes of each photograph."""
+    model = timm.create_model("xcit_nano_12_p16_224", depth=depth)
     state = torch.load(weights, weights_only=True)
     model.load_state_dict(checkpoint_filter_fn(state, model))
     to_tensor = [T.ToTensor(), T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
@@ -106,7 +121,11 @@ def answers(weights):
 
 
 @pytest.fixture(scope="module")
-def labels(answers):
+def answers(weights):
+    return ask_timm(weights, depth=2)
+
+
+def choose_labels(answers):
     """The true class of each photograph: often among the five likeliest, so that hits differ."""
     places = [0, 0, 3, 4, 0, 1, None, 2, 0, None, 0, 3, None, 1, 0, None]
     best = answers["mmpretrain"]
@@ -114,14 +133,22 @@ def labels(answers):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, wnids, labels):
+def labels(answers):
+    return choose_labels(answers)
+
+
+def write_folder(folder, wnids, labels):
     """The photographs as PNGs in a folder for each of ImageNet's classes, most of them empty."""
-    folder = tmp_path_factory.mktemp("val")
     for wnid in wnids:
         (folder / wnid).mkdir()
     for i, (image, label) in enumerate(zip(photographs(), labels, strict=True)):
         image.save(folder / wnids[label] / f"{i:02d}.png")
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, wnids, labels):
+    return write_folder(tmp_path_factory.mktemp("val"), wnids, labels)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +159,8 @@ def beton(folder, tmp_path_factory):
 
 
 def config(weights, data, **options):
-    options = {"device": "cpu", "batch_size": 7, "num_workers": 1} | options
+    small = {"device": "cpu", "batch_size": 7, "num_workers": 1, "precision": "fp32"}
+    options = small | options
     return SupervisedConfig(checkpoint=str(weights), data=str(data), **options)
 
 
@@ -140,6 +168,7 @@ def config(weights, data, **options):
 
 
 @needs_table
+@pytest.mark.usefixtures("_whole_networks")
 def test_the_table_has_every_field_of_all_42_published_models():
     rows = json.loads(SEED_MODELS.read_text())
     assert len(rows) == len(zoo()) == 42
@@ -227,6 +256,7 @@ def test_a_name_a_hash_and_a_file_name_are_asked_in_this_order():
     )
 
 
+@pytest.mark.usefixtures("_whole_networks")
 def test_the_list_shows_42_of_42_equal(capsys, tmp_path):
     out = tmp_path / "list.json"
     result = evaluate_supervised(SupervisedConfig(list=True, out=str(out)))
@@ -237,6 +267,7 @@ def test_the_list_shows_42_of_42_equal(capsys, tmp_path):
     assert json.loads(out.read_text()) == result
 
 
+@pytest.mark.usefixtures("_whole_networks")
 def test_the_list_would_show_a_difference(capsys, monkeypatch):
     row = zoo()[ROW]
     table = dict(zoo()) | {ROW: dataclasses.replace(row, flops=row.flops + 1)}
@@ -251,17 +282,19 @@ def test_the_list_would_show_a_difference(capsys, monkeypatch):
 
 @needs_sample
 @pytest.mark.parametrize("kind", PIPELINES, ids=str)
-def test_views_of_a_beton_are_torchvisions_bit_for_bit(kind, sample):
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.long)])
+def test_views_of_a_beton_are_torchvisions_bit_for_bit(kind, every, sample):
     files = sorted(SAMPLE.glob("*/*"))
     assert len(files) == 250
-    view, seen = evaluation_view(*kind), 0
-    for images, _, indices in evaluation_loader(open_images(sample), view, 50, ALONE):
+    view, seen, subset = evaluation_view(*kind), 0, np.arange(0, 250, every)
+    loader = evaluation_loader(open_images(sample), view, 50, ALONE, subset=subset)
+    for images, _, indices in loader:
         for image, index in zip(images, indices.tolist(), strict=True):
             with Image.open(files[index]) as file:
                 expected = np.asarray(PIPELINES[kind](file.convert("RGB")))
             assert np.array_equal(image.permute(1, 2, 0).numpy(), expected), files[index]
             seen += 1
-    assert seen == 250
+    assert seen == len(subset)
 
 
 @pytest.fixture(scope="module")
@@ -308,6 +341,20 @@ def test_accuracy_is_that_of_timms_model_on_torchvisions_images(
     assert json.loads(line)["top1"] == expected[0]
     assert any(f"published {published[0]:.2f}, difference" in part for part in text)
     assert any("is not mmpretrain's file" in part for part in text)
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("_whole_networks")
+def test_a_whole_network_has_the_accuracy_of_timms(wnids, tmp_path):
+    weights = write_weights(tmp_path)
+    answers = ask_timm(weights, depth=12)
+    labels = choose_labels(answers)
+    (tmp_path / "val").mkdir()
+    folder = write_folder(tmp_path / "val", wnids, labels)
+    for preprocess, best in answers.items():
+        found = evaluate_supervised(config(weights, folder, preprocess=preprocess))
+        assert (found["top1"], found["top5"]) == hits(best, labels)
+        assert found["top1"] > 0
 
 
 def test_the_published_file_is_recognised_by_its_hash_whatever_its_name(
@@ -416,21 +463,21 @@ from ssl_xcit.supervised_config import SupervisedConfig
 
 torch.set_num_threads(1)
 evaluate_supervised(SupervisedConfig(
-    checkpoint=sys.argv[1], data=sys.argv[2], out=sys.argv[3], device="cpu", num_workers=1))
+    checkpoint=sys.argv[1], data=sys.argv[2], out=sys.argv[3], device="cpu", num_workers=1,
+    precision="fp32"))
 """
 
 
 def test_two_ranks_share_the_images(weights, beton, labels, answers, tmp_path):
     script, out = tmp_path / "two_ranks.py", tmp_path / "result.json"
     script.write_text(TWO_RANKS)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, "--nproc-per-node", "2", script, weights, beton, out]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+    printed = forked.run_ranks(
+        2, [sys.executable, shallow.PROGRAM, "2", script, weights, beton, out]
+    )
     result = json.loads(out.read_text())
     assert (result["ranks"], result["images"]) == (2, 16)
     assert (result["top1"], result["top5"]) == hits(answers["mmpretrain"], labels)
-    assert sum(line.startswith("{") for line in done.stdout.splitlines()) == 1
+    assert sum(line.startswith("{") for text in printed for line in text.splitlines()) == 1
 
 
 # Classes
@@ -519,7 +566,7 @@ def zoo_folder(tmp_path, weights):
 
 
 def all_of(folder, data, out, **options):
-    options = {"device": "cpu", "num_workers": 1} | options
+    options = {"device": "cpu", "num_workers": 1, "precision": "fp32"} | options
     return SupervisedConfig(all=str(folder), data=str(data), out=str(out), **options)
 
 

@@ -1,9 +1,9 @@
 """BatchNorm over ranks. Oracle: torch's BatchNorm on the whole batch in one process."""
 
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from torch import nn
@@ -59,7 +59,6 @@ def results(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
 RANK = """
 import sys, torch
 import torch.distributed as dist
-sys.path.insert(0, sys.argv[1])
 from test_sync_batchnorm import SPLITS, batch, network, results
 from ssl_xcit import distributed
 from ssl_xcit.sync_batchnorm import synchronise_batchnorm
@@ -73,19 +72,14 @@ for name in ("float32", "float64"):
     for key in found:
         if key.startswith("grad/") and key != "grad/images":
             dist.all_reduce(found[key])  # the loss is a sum over samples
-    torch.save(found, f"{sys.argv[2]}/{name}_{ranks.rank}.pt")
+    torch.save(found, f"{sys.argv[1]}/{name}_{ranks.rank}.pt")
 distributed.teardown()
 """
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_compute_what_one_process_computes_on_the_whole_batch(tmp_path, world):
-    script = tmp_path / "rank.py"
-    script.write_text(RANK)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, f"--nproc-per-node={world}", script, Path(__file__).parent, tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr
+    forked.run_ranks(world, [sys.executable, "-c", RANK, tmp_path], cwd=Path(__file__).parent)
     for name, tolerance in (("float32", 1e-5), ("float64", 1e-10)):
         dtype = getattr(torch, name)
         expected = results(network(dtype), batch(dtype))

@@ -11,10 +11,12 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import photo_tiles
+from shallow import PROGRAM, networks
 
 from ssl_xcit import checkpoint, distributed, engine, run_folder, train
 from ssl_xcit.beton import write_beton
@@ -55,12 +57,10 @@ def config(photos: Path, out: Path, **changes) -> TrainConfig:
     return load_config(TrainConfig, argv=flags(photos, out, **changes))
 
 
-def command(*arguments: str, ranks: int = 0, **options) -> subprocess.CompletedProcess:
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
-    start = [sys.executable, *(launcher if ranks else [])]
+def command(*arguments: str, run=forked.run, **options) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     options |= {"capture_output": True, "text": True, "env": environment}
-    return subprocess.run([*start, *arguments], check=False, **options)
+    return run([sys.executable, *arguments], check=False, **options)
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -94,6 +94,16 @@ def build_student(photos: Path, out: Path, **changes) -> dict[str, torch.Tensor]
     return run.bare_model.state_dict()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def shallow():
+    """Runs are with two blocks: how deep the network is decides nothing here."""
+    with networks(2):
+        yield
+
+
+SCRIPT = (PROGRAM, "2", str(ROOT / "main_dino.py"))  # the same for a command
+
+
 @pytest.fixture(scope="module")
 def finished(photos, tmp_path_factory) -> Path:
     """The folder of an uninterrupted run."""
@@ -102,13 +112,15 @@ def finished(photos, tmp_path_factory) -> Path:
     return out
 
 
-def test_a_step_is_that_of_the_equations(photos, tmp_path):
+@pytest.mark.parametrize("depth", [2, pytest.param(12, marks=pytest.mark.long)])
+def test_a_step_is_that_of_the_equations(photos, tmp_path, depth):
     """One SGD step with clipping, written out view by view and tensor by tensor."""
     settings = config(
         photos, tmp_path, optimizer="sgd", drop_path_rate=0, clip_grad=0.05, warmup_epochs=0,
         freeze_last_layer=0, momentum_teacher=0.9, lr=1.0,
     )  # fmt: skip
-    run = Pretraining(settings, distributed.setup("cpu"))
+    with networks(depth):
+        run = Pretraining(settings, distributed.setup("cpu"))
     run.loader.set_epoch(0, 0)
     global_crops, local_crops, indices = next(iter(run.loader))
     student = copy.deepcopy(run.bare_model).double().train()
@@ -196,16 +208,12 @@ def test_the_last_layer_is_frozen_in_its_first_epoch_only(photos, tmp_path):
 
 def test_the_resolved_configuration_repeats_the_run_bit_for_bit(finished, tmp_path):
     again = tmp_path / "again"
-    result = command(
-        str(ROOT / "main_dino.py"), "--config", str(finished / "config.yaml"), "--out", str(again),
-        cwd=tmp_path,
-    )  # fmt: skip
+    settings = ("--config", str(finished / "config.yaml"))
+    result = command(*SCRIPT, *settings, "--out", str(again), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert_same(weights(finished), weights(again))
     third = tmp_path / "third"
-    result = command(
-        str(ROOT / "main_dino.py"), "--config", str(again / "config.yaml"), "--out", str(third)
-    )
+    result = command(*SCRIPT, "--config", str(again / "config.yaml"), "--out", str(third))
     assert result.returncode == 0, result.stderr
     assert_same(weights(again), weights(third))
     assert scientific(read_metrics(again / "metrics.jsonl")) == scientific(
@@ -213,19 +221,24 @@ def test_the_resolved_configuration_repeats_the_run_bit_for_bit(finished, tmp_pa
     )
 
 
-def test_kill_9_and_the_same_command_give_the_weights_of_an_undisturbed_run(photos, tmp_path):
-    script = str(ROOT / "main_dino.py")
+@pytest.mark.parametrize(
+    "script",
+    [SCRIPT, pytest.param(SCRIPT[2:], marks=pytest.mark.long)],
+    ids=["two blocks", "whole"],
+)
+def test_kill_9_and_the_same_command_give_the_weights_of_an_undisturbed_run(
+    photos, tmp_path, script
+):
     settings = {"epochs": 6, "save_every": 0.001, "log_every": 3}  # kills fall inside an interval
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    result = command(script, *flags(photos, whole, **settings))
+    result = command(*script, *flags(photos, whole, **settings))
     assert result.returncode == 0, result.stderr
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     kills = 0
     for attempt in range(4):
-        process = subprocess.Popen(
-            [sys.executable, script, *flags(photos, broken, **settings)],
+        process = forked.Popen(
+            [sys.executable, *script, *flags(photos, broken, **settings)],
             stdout=subprocess.DEVNULL,
-            env=environment,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
         seen = len(list(broken.glob("checkpoints/step_*")))
         deadline = time.monotonic() + 120
@@ -240,7 +253,7 @@ def test_kill_9_and_the_same_command_give_the_weights_of_an_undisturbed_run(phot
             kills += 1
         process.wait()
     assert kills >= 3, seen
-    result = command(script, *flags(photos, broken, **settings))
+    result = command(*script, *flags(photos, broken, **settings))
     assert result.returncode == 0, result.stderr
     assert_same(weights(whole), weights(broken))
     rows = read_metrics(broken / "metrics.jsonl")
@@ -255,21 +268,35 @@ def test_a_finished_run_says_so_and_changes_nothing(photos, finished, capsys):
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
-def test_two_ranks_agree_on_every_parameter_and_equal_two_micro_batches(photos, tmp_path):
+def torchrun(world: int, arguments: list[str]) -> None:
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={world}", "--standalone"]
+    result = command(*launcher, *arguments[1:], run=subprocess.run)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("start", "depth"),
+    [(forked.run_ranks, 2), pytest.param(torchrun, 12, marks=pytest.mark.long)],
+)
+def test_two_ranks_agree_on_every_parameter_and_equal_two_micro_batches(
+    photos, tmp_path, start, depth
+):
     """Ranks x accumulation is what counts: 2 x 1 and 1 x 2 see the same micro-batches."""
     two, one = tmp_path / "two", tmp_path / "one"
-    worker = str(ROOT / "tests" / "dump_ranks.py")
+    worker = [PROGRAM, str(depth), str(ROOT / "tests" / "dump_ranks.py")]
     # SGD, because Adam turns rounding noise in vanishing gradients into steps of the full rate
     settings = {"batch_size_per_gpu": 6, "drop_path_rate": 0.2, "optimizer": "sgd", "lr": 0.1}
     settings |= {"sync_bn": False}
-    result = command(worker, *flags(photos, two, **settings), ranks=2)
-    assert result.returncode == 0, result.stderr
-    ranks = [torch.load(two / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    start(2, [sys.executable, *worker, *flags(photos, two, **settings)])
+    ranks = [torch.load(two / f"rank_{rank}.pt", weights_only=True) for rank in range(2)]
     assert_same(*ranks)
-    train.train(config(photos, one, accumulation_steps=2, **settings))
+    with networks(depth):
+        train.train(config(photos, one, accumulation_steps=2, **settings))
+        begun = build_student(photos, tmp_path, **settings)
     ours, theirs = weights(two), weights(one)
-    start = {f"student/{k}": v for k, v in build_student(photos, tmp_path, **settings).items()}
-    moved = max((ours[key] - start[key]).abs().max() for key in start if "running" not in key)
+    moved = max(
+        (ours[f"student/{k}"] - t).abs().max() for k, t in begun.items() if "running" not in k
+    )
     assert moved > 1e-2  # the agreement below is not that of networks that stood still
     for name in ours:
         if "running" in name or "num_batches" in name:
@@ -283,7 +310,8 @@ def test_two_ranks_agree_on_every_parameter_and_equal_two_micro_batches(photos, 
         assert told == pytest.approx({key: other[key] for key in told}, rel=1e-3)
     # the folder belongs to the global batch of 12: another split of it may continue
     shutil.copytree(one, tmp_path / "moved")
-    train.train(config(photos, tmp_path / "moved", **settings | {"batch_size_per_gpu": 12}))
+    with networks(depth):
+        train.train(config(photos, tmp_path / "moved", **settings | {"batch_size_per_gpu": 12}))
 
 
 @pytest.mark.parametrize(
@@ -305,17 +333,25 @@ def test_bad_input_is_one_clear_line_and_status_2(photos, tmp_path, changes, wor
         changes = {"data": tmp_path / "cut.beton"}
     if "out" in changes:
         changes = {"out": tmp_path / changes["out"]}
-    result = command(
-        str(ROOT / "main_dino.py"), *flags(photos, **{"out": tmp_path / "run"} | changes),
-        cwd=tmp_path,
-    )  # fmt: skip
+    arguments = flags(photos, **{"out": tmp_path / "run"} | changes)
+    assert_refused(command(str(ROOT / "main_dino.py"), *arguments, cwd=tmp_path), words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_new_interpreter_says_nothing_but_the_line_about_bad_input(photos, tmp_path):
+    """Its imports may warn, which processes that are forked cannot show."""
+    arguments = flags(photos, tmp_path / "run", data="nowhere.beton")
+    script = str(ROOT / "main_dino.py")
+    assert_refused(command(script, *arguments, run=subprocess.run), ["nowhere.beton"])
+
+
+def assert_refused(result: subprocess.CompletedProcess, words: list[str]) -> None:
     assert result.returncode == 2, result.stderr
     lines = result.stderr.splitlines()
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith("error: ")
     for word in words:
         assert word in lines[0]
-    assert not (tmp_path / "run").exists()
 
 
 def test_another_configuration_in_the_same_folder_is_refused_with_its_keys(photos, finished):

@@ -14,11 +14,13 @@ from ssl_xcit.engine import train_step
 from ssl_xcit.guard import BatchStatistics
 from ssl_xcit.metrics import read_metrics
 from ssl_xcit.train import Pretraining, train
+from ssl_xcit.xcit import VARIANTS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from reference_step import ReferenceStep
+from reference_step import WIDTHS, ReferenceStep
 
 LR, DECAY, MOMENTUM = 1e-3, 0.04, 0.99
+PARTS = (12, False), (0, True), (12, True)  # prototypes at a time, crops in turn
 
 
 class Pair:
@@ -75,7 +77,9 @@ class Pair:
         return ours, self.reference(views, LR, DECAY)
 
 
-def test_twenty_steps_in_float32_follow_the_reference(photos, tmp_path):
+@pytest.mark.usefixtures("nano_blocks")
+def test_twenty_steps_in_float32_follow_the_reference(photos, tmp_path, monkeypatch):
+    monkeypatch.setitem(WIDTHS, "xcit_nano_12", tuple(VARIANTS["xcit_nano_12"]))
     pair = Pair(photos, tmp_path, torch.float32)
     losses = [pair.step(i) for i in range(20)]
     for ours, theirs in losses:
@@ -122,12 +126,20 @@ def test_one_step_in_float64_updates_every_weight_as_the_reference_does(
             torch.testing.assert_close(x, y, rtol=0, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("frozen", [0, 1])
+@pytest.mark.usefixtures("nano_blocks")
+@pytest.mark.parametrize(
+    ("frozen", "parts"),
+    [
+        (0, PARTS),
+        (1, PARTS[2:]),
+        pytest.param(1, PARTS[:2], marks=pytest.mark.long),
+    ],
+)
 def test_a_part_of_prototypes_or_crops_at_a_time_changes_no_number_of_the_log(
-    photos, tmp_path, frozen
+    photos, tmp_path, frozen, parts
 ):
     rows = []
-    for chunk, in_turn in ((0, False), (12, False), (0, True), (12, True)):
+    for chunk, in_turn in ((0, False), *parts):
         out = tmp_path / f"{chunk} {in_turn}"
         changes = {"prototype_chunk": chunk, "crops_in_turn": in_turn, "accumulation_steps": 2}
         changes |= {"freeze_last_layer": frozen, "drop_path_rate": 0.2, "epochs": 1}

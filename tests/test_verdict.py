@@ -1,10 +1,9 @@
 """The verdict, on real short trainings made to fail on purpose, and on rows at every threshold."""
 
-import contextlib
 import functools
-import io
 import json
 import math
+import os
 import random
 import shutil
 import subprocess
@@ -12,10 +11,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from test_finetune import config as finetune_config
-from test_train import config, scientific
+from test_train import ROOT, config, flags, scientific
 
 from ssl_xcit import verdict as module
 from ssl_xcit.config import TrainConfig, load_config, read_config
@@ -23,7 +23,6 @@ from ssl_xcit.diagnostics import rankme
 from ssl_xcit.errors import UserError
 from ssl_xcit.finetune import finetune
 from ssl_xcit.metrics import read_metrics
-from ssl_xcit.train import train
 from ssl_xcit.verdict import Verdict, read_verdict, recent, verdict
 
 # 56 steps in which the student learns: the spread of the features grows from 0.5 to 0.6
@@ -53,40 +52,61 @@ FAILURES = {
 }
 
 
+# main_dino.py whose first argument is how many blocks an xcit_nano_12 has
+TRAIN = f"""
+import runpy, sys
+from ssl_xcit.xcit import VARIANTS
+VARIANTS["xcit_nano_12"] = VARIANTS["xcit_nano_12"]._replace(depth=int(sys.argv.pop(1)))
+runpy.run_path({str(ROOT / "main_dino.py")!r}, run_name="__main__")
+"""
+
+
+def train(depth: int, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", TRAIN, str(depth), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return forked.run(command, env=environment, capture_output=True, text=True)
+
+
+def printed(depth: int, *arguments: str) -> list[str]:
+    """The lines of a training that ends well."""
+    done = train(depth, *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+# One block goes wrong as twelve do, in a quarter of the time
+@pytest.fixture(scope="module", params=[1, pytest.param(12, marks=pytest.mark.long)])
+def depth(request) -> int:
+    """How many blocks the networks have."""
+    return request.param
+
+
 def test_a_healthy_run_is_called_healthy_in_log_and_folder_and_its_beginning_too_early(
-    photos, tmp_path, capsys
+    photos, tmp_path, depth
 ):
     out = tmp_path / "run"
-    train(config(photos, out, **LEARNS))
-    printed = capsys.readouterr().out
+    lines = printed(depth, *flags(photos, out, **LEARNS))
     rows, settings = read_metrics(out / "metrics.jsonl"), config(photos, out, **LEARNS)
     names = [verdict(rows[: done + 1], settings).name for done in range(len(rows))]
     early = [row["progress"] < 0.05 for row in rows]
     assert sum(early) == 2
     assert names == ["too early to tell" if first else "healthy" for first in early]
-    said = [line for line in printed.splitlines() if line.startswith("verdict: ")]
+    said = [line for line in lines if line.startswith("verdict: ")]
     assert [line.split(": ")[1] for line in said] == ["too early to tell", "healthy", "healthy"]
-    assert said[-1] == printed.splitlines()[-1] == read_verdict(out).text
-    assert "spread 0.6" in said[-1]
-    train(config(photos, out, **LEARNS))  # there is nothing left to do but to say it again
-    assert capsys.readouterr().out.splitlines()[-1] == said[-1]
-
-
-def printed(settings: TrainConfig) -> list[str]:
-    """The lines of a training."""
-    with contextlib.redirect_stdout(io.StringIO()) as text:
-        train(settings)
-    return text.getvalue().splitlines()
+    assert said[-1] == lines[-1] == read_verdict(out).text
+    assert {1: "spread 0.7", 12: "spread 0.6"}[depth] in said[-1]
+    # there is nothing left to do but to say it again
+    assert printed(depth, *flags(photos, out, **LEARNS))[-1] == said[-1]
 
 
 @pytest.fixture(scope="module")
-def fail(photos, tmp_path_factory) -> Callable[[str], tuple[Path, list[str]]]:
+def fail(photos, tmp_path_factory, depth) -> Callable[[str], tuple[Path, list[str]]]:
     """Makes a run fail as named, once: its folder, and what it printed."""
 
     @functools.cache
     def run(name: str) -> tuple[Path, list[str]]:
         out = tmp_path_factory.mktemp("failed") / "run"
-        return out, printed(config(photos, out, **LEARNS | FAILURES[name][0]))
+        return out, printed(depth, *flags(photos, out, **LEARNS | FAILURES[name][0]))
 
     return run
 
@@ -105,10 +125,11 @@ def test_a_run_made_to_fail_is_called_by_its_name_with_the_option_to_change(fail
     assert not any("healthy" in line for line in lines[-20:])
 
 
-def test_loss_that_is_not_finite_is_diverging(photos, tmp_path):
+def test_loss_that_is_not_finite_is_diverging(photos, tmp_path, depth):
     settings = {"lr": 1e30, "warmup_epochs": 0, "max_bad_steps": 3, "epochs": 3}
-    with pytest.raises(UserError, match="not finite"):
-        train(config(photos, tmp_path / "run", **LEARNS | settings))
+    done = train(depth, *flags(photos, tmp_path / "run", **LEARNS | settings))
+    assert done.returncode == 2
+    assert "not finite" in done.stderr
     assert read_verdict(tmp_path / "run").name == "diverging"
 
 
@@ -294,14 +315,14 @@ def test_the_few_recent_rows_say_what_all_rows_say():
         assert len(names) >= 3
 
 
-def test_a_resumed_run_is_judged_by_the_rows_before_too(fail):
+def test_a_resumed_run_is_judged_by_the_rows_before_too(fail, depth):
     """The loss was low before the stop; alone, the rows after it would look like another thing."""
     out, lines = fail("diverging")
     rows = read_metrics(out / "metrics.jsonl")
     settings = read_config(TrainConfig, out / "config.yaml")
     newest = max((out / "checkpoints").glob("step_*"))
     shutil.rmtree(newest)
-    again = printed(settings)
+    again = printed(depth, "--config", str(out / "config.yaml"))
     begin = next(int(line.split()[-1]) for line in again if line.startswith("resuming"))
     assert 0 < begin < len(rows) == int(newest.name[5:])
     assert again[-1] == lines[-1]
@@ -314,7 +335,7 @@ def test_a_resumed_run_is_judged_by_the_rows_before_too(fail):
 
 def command(*arguments: str) -> subprocess.CompletedProcess:
     start = [sys.executable, "-m", "ssl_xcit.verdict", *arguments]
-    return subprocess.run(start, capture_output=True, text=True, check=False)
+    return forked.run(start, capture_output=True, text=True, check=False)
 
 
 def folder(out: Path, rows: list[dict]) -> Path:

@@ -1,12 +1,13 @@
 """Pictures of what a network sees: attention by hand, PCA by scikit-learn, files, mistakes."""
 
 import math
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
+import shallow
 import torch
 from conftest import photo_tiles
 from PIL import Image
@@ -25,6 +26,12 @@ from ssl_xcit.xcit import build_xcit
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 ARCH = "xcit_nano_12_p16"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _shallow_networks():
+    with shallow.networks():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +175,7 @@ def test_both_sides_are_whole_patches_and_keep_their_ratio(image, size, patch, s
 
 
 def options(checkpoint: Path, *words: str) -> VisualizeConfig:
-    return load_config(VisualizeConfig, argv=[str(checkpoint), *words])
+    return load_config(VisualizeConfig, argv=[str(checkpoint), *words, "--precision", "fp32"])
 
 
 def test_files_folders_and_betons_each_give_a_png(checkpoint, photo, tmp_path, capsys):
@@ -280,14 +287,11 @@ def test_mistakes_are_one_line_that_says_what_to_do(checkpoint, photos, tmp_path
 
 def test_the_command_takes_checkpoint_and_images_first(checkpoint, photos, tmp_path):
     script = str(ROOT / "eval" / "visualize.py")
-    command = [sys.executable, script, str(checkpoint), str(photos), "--limit", "1"]
-    done = subprocess.run(
-        [*command, "--size", "64", "--out", str(tmp_path / "a.png")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    start = [sys.executable, shallow.PROGRAM, "2", script]
+    command = [*start, str(checkpoint), str(photos), "--limit", "1"]
+    whole = [*command, "--size", "64", "--out", str(tmp_path / "a.png")]
+    done = forked.run(whole, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(tmp_path / "a.png")
-    failed = subprocess.run([*command], capture_output=True, text=True, check=False)
+    failed = forked.run(command, capture_output=True, text=True)
     assert (failed.returncode, failed.stderr.count("\n")) == (2, 1)

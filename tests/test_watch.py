@@ -1,13 +1,12 @@
 """The watch over the ranks: real processes, of which one is stopped or dies."""
 
-import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 
+import forked
 import pytest
 import torch
 
@@ -15,12 +14,11 @@ from ssl_xcit.distributed import Distributed
 from ssl_xcit.watch import Watch
 
 RANK = """
-import os, sys, time, torch
+import sys, time, torch
 import torch.distributed as dist
 from ssl_xcit import distributed, watch
 
-torch.set_num_threads(1)
-watch.PATIENCE_S = 5
+watch.PATIENCE_S = 3
 ranks = distributed.setup("cpu", timeout_s=300)
 stalled = int(sys.argv[1])
 with watch.Watch(ranks, float(sys.argv[2])) as seen:
@@ -39,18 +37,9 @@ distributed.teardown()
 
 def start_ranks(world, stalled=-1, timeout=2.0, steps=10):
     """One process per rank without torchrun, whose agent would end the others by itself."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    processes = []
-    for rank in range(world):
-        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = os.environ | {key: str(value) for key, value in (ranks | place).items()}
-        command = [sys.executable, "-c", RANK, str(stalled), str(timeout), str(steps)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen(command, env=environment, **pipes))
-    return processes
+    command = [sys.executable, "-c", RANK, str(stalled), str(timeout), str(steps)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return forked.start_ranks(world, command, **pipes)
 
 
 def end(processes):

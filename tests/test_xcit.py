@@ -10,11 +10,10 @@ import importlib.util
 import itertools
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -1015,7 +1014,6 @@ from ssl_xcit import distributed
 from ssl_xcit.draws import stream
 from ssl_xcit.sync_batchnorm import synchronise_batchnorm
 
-torch.set_num_threads(1)
 ranks = distributed.setup("cpu")
 for checkpointing in (False, True):
     torch.manual_seed(0)
@@ -1036,15 +1034,7 @@ distributed.teardown()
 
 
 def test_checkpointing_changes_no_bit_with_batchnorm_over_two_ranks(tmp_path):
-    script = tmp_path / "rank.py"
-    script.write_text(RANK)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, "--nproc-per-node=2", script, Path(__file__).parent, tmp_path]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=200, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    forked.run_ranks(2, [sys.executable, "-c", RANK, Path(__file__).parent, tmp_path])
     first, *others = (
         torch.load(tmp_path / f"{checkpointing}_{rank}.pt")
         for checkpointing in (False, True)
