@@ -8,14 +8,17 @@ the folder is not repeated, so the second call only prints the end; a killed one
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ssl_xcit.config import CONFIGS, TrainConfig, read_config
 from ssl_xcit.errors import UserError, exit_on_user_error
 from ssl_xcit.metrics import read_metrics
+from ssl_xcit.processor import usable_cores
 from ssl_xcit.verdict import verdict
 
 ROOT = CONFIGS.parent
@@ -61,18 +64,23 @@ def demo(out: Path, seed: int = 0) -> None:
         options = ["--config", str(CONFIGS / "demo.yaml"), "--data", str(train), "--out", str(run)]
         _run(str(ROOT / "main_dino.py"), *options, *probe, "--seed", str(seed))
         finished.touch()
-    rows = {"raw pixels": [_knn(out, train, test, "pixels", "--pixels", "true")]}
     config = read_config(TrainConfig, run / "config.yaml")
     start = ("--arch", config.arch, "--random_init", "true", "--seed", str(config.seed))
     sources = {
         "untrained network": ("untrained", *start),  # what the pretraining started from
         "pretrained teacher": ("teacher", "--checkpoint", str(run)),
     }
-    for label, (name, *source) in sources.items():
-        rows[label] = [
-            _knn(out, train, test, f"{name}_{kind}", *source, "--features", kind) for kind in KINDS
-        ]
-        rows[label].append(_linear(out, train, test, name, *source))
+    data = out, train, test
+    # A process for each core: their starts and their small steps hardly profit from several
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        waiting = {"raw pixels": [pool.submit(_knn, *data, "pixels", "--pixels", "true")]}
+        for label, (name, *source) in sources.items():
+            waiting[label] = [
+                pool.submit(_knn, *data, f"{name}_{kind}", *source, "--features", kind)
+                for kind in KINDS
+            ]
+            waiting[label].append(pool.submit(_linear, *data, name, *source))
+        rows = {label: [each.result() for each in parts] for label, parts in waiting.items()}
     metrics = read_metrics(run / "metrics.jsonl")
     report = run / "report.html"
     if not report.exists():
@@ -107,7 +115,7 @@ def _knn(out: Path, train: Path, test: Path, name: str, *source: str) -> float:
     result = out / f"knn_{name}.json"
     if not result.exists():
         data = ["--train", str(train), "--test", str(test), "--out", str(result)]
-        _run(str(ROOT / "eval" / "knn.py"), *source, *data, *VIEW, "--k", "20")
+        _run(str(ROOT / "eval" / "knn.py"), *source, *data, *VIEW, "--k", "20", beside=True)
     return json.loads(result.read_text())["accuracy"][0]["top1"]
 
 
@@ -116,14 +124,26 @@ def _linear(out: Path, train: Path, test: Path, name: str, *source: str) -> floa
     folder = out / f"linear_{name}"
     if not (folder / "result.json").exists():
         data = ["--train", str(train), "--test", str(test), "--out", str(folder)]
-        _run(str(ROOT / "eval" / "linear.py"), *source, *data, *VIEW, *LINEAR)
+        _run(str(ROOT / "eval" / "linear.py"), *source, *data, *VIEW, *LINEAR, beside=True)
     return json.loads((folder / "result.json").read_text())["fast"]["top1"]
 
 
-def _run(*arguments: str) -> None:
-    """Print a command, run it, and stop with its exit status if it fails."""
-    print("$ python " + " ".join(arguments), flush=True)
-    status = subprocess.run([sys.executable, *arguments], check=False).returncode
+def _run(*arguments: str, beside: bool = False) -> None:
+    """Print a command, run it, and stop with its exit status if it fails.
+
+    `beside` others: on one thread; what it prints is printed when it ends.
+    """
+    line, options = "$ python " + " ".join(arguments), {}
+    if beside:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        options = {"env": environment, "stdout": subprocess.PIPE, "text": True}
+        options["stderr"] = subprocess.STDOUT
+    else:
+        print(line, flush=True)
+    done = subprocess.run([sys.executable, *arguments], check=False, **options)
+    if beside:
+        print(f"{line}\n{done.stdout}", end="", flush=True)
+    status = done.returncode
     if status == 2:
         raise UserError(
             "the command above failed; if an older demo is in the way: make demo FRESH=1"
