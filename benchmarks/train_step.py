@@ -56,6 +56,8 @@ CASES = {
 }
 OURS = {  # settings of class Run, and what differs from the case
     "ours fp32": {},
+    "ours auto": {"precision": "auto"},
+    "ours fp16": {"precision": "fp16"},
     "ours bf16": {"precision": "bf16"},
     "ours fp32 compiled": {"compile": True},
     "ours bf16 compiled": {"precision": "bf16", "compile": True},
@@ -179,9 +181,9 @@ def serve(args: argparse.Namespace) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     if program.startswith("ours"):
-        from ssl_xcit.config import tune_allocator
+        from ssl_xcit import processor
 
-        tune_allocator()
+        processor.prepare()
     import torch
 
     torch.manual_seed(0)

@@ -1,0 +1,78 @@
+"""What a training keeps of its speed beside other processes that want its cores.
+
+    python benchmarks/neighbours.py [--case nano_32] [--precision auto] [--rounds 3]
+
+Images/s of a step alone, beside one busy process, and beside one for each core; the share is of
+what is fair: of C cores, beside B busy processes, C / (C + B). Each row is a way for OpenMP's
+threads to wait for each other, in a process of its own. They take turns; each turn begins with some
+seconds that do not count. See ssl_xcit/neighbours.py.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+from train_step import CASES, Server
+
+WAYS = {
+    "ours: spin, or sleep while somebody waits": {},
+    "OpenMP's own: GOMP_SPINCOUNT=300000": {"GOMP_SPINCOUNT": "300000"},
+    "GOMP_SPINCOUNT=10000": {"GOMP_SPINCOUNT": "10000"},
+    "GOMP_SPINCOUNT=1000": {"GOMP_SPINCOUNT": "1000"},
+    "OMP_WAIT_POLICY=passive": {"OMP_WAIT_POLICY": "passive"},
+}
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", default="nano_32", choices=CASES)
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each turn that count")
+    args = parser.parse_args()
+    case, cores = CASES[args.case], len(os.sched_getaffinity(0))
+    crowds = {0: "alone", 1: "beside 1", cores: f"beside {cores}"}
+    program = f"ours {args.precision}"
+    servers = {way: Server(program, case, variables) for way, variables in WAYS.items()}
+    for server in servers.values():
+        server.step()  # builds; the first answer tells facts
+    rates: dict[tuple[str, int], list[float]] = {}
+    for _ in range(args.rounds):
+        for crowd in crowds:
+            loop = [sys.executable, "-c", "while True: pass"]
+            busy = [subprocess.Popen(loop) for _ in range(crowd)]
+            for way, server in servers.items():
+                images_per_second(server, case.batch, 3.0)
+                rate = images_per_second(server, case.batch, args.seconds)
+                rates.setdefault((way, crowd), []).append(rate)
+            for process in busy:
+                process.kill()
+                process.wait()
+    for server in servers.values():
+        server.close()
+    print(f"{case.arch}, {args.precision}, batch {case.batch}, {cores} threads; images/s (share)")
+    print(f"{'':44}" + "".join(f"{name:>16}" for name in crowds.values()))
+    for way in WAYS:
+        cells = []
+        for crowd in crowds:
+            alone = statistics.median(rates[next(iter(WAYS)), 0])
+            rate = statistics.median(rates[way, crowd])
+            cells.append(f"{rate:8.1f} ({rate / alone * (cores + crowd) / cores:.2f})")
+        print(f"{way:44}" + "".join(f"{cell:>16}" for cell in cells))
+
+
+def images_per_second(server: Server, batch: int, seconds: float) -> float:
+    """Of the steps that begin within that time."""
+    start, images = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        server.step()
+        images += batch
+    return images / (time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    main()
