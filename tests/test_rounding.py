@@ -8,9 +8,11 @@ difference from the truth over the norm of the truth.
 import copy
 import math
 import sys
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
+import jaxtyping
 import pytest
 import torch
 from test_train import config
@@ -21,12 +23,12 @@ from ssl_xcit.dino import DINOHead, DINOLoss, MultiCropWrapper
 from ssl_xcit.engine import train_step
 from ssl_xcit.guard import BatchStatistics
 from ssl_xcit.train import Pretraining
-from ssl_xcit.xcit import ARCHITECTURES, VARIANTS, XCABlock, build_xcit
+from ssl_xcit.xcit import ARCHITECTURES, XCABlock, build_xcit
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from reference_step import Network, ReferenceStep
 
-HEAD = {"hidden": 64, "bottleneck": 32}  # and 128 prototypes
+HIDDEN, BOTTLENECK, PROTOTYPES = 1024, 256, 2048  # of a narrow head, chance makes much
 LOCALS, TEACHER_TEMP = 1, 0.04
 WORSE = 1.2  # times the reference's error, at most
 SCALES = {  # of the loss; the first one that keeps the gradients finite, as a scaler would
@@ -99,14 +101,14 @@ def networks(arch: str, random_gains: bool, seed: int) -> tuple[nn.Module, nn.Mo
     """Ours and the reference's, with the same weights."""
     torch.manual_seed(seed)
     backbone = build_xcit(arch, num_classes=0)
-    head = DINOHead(backbone.embed_dim, 128, hidden_dim=HEAD["hidden"], bottleneck_dim=32)
+    head = DINOHead(backbone.embed_dim, PROTOTYPES, hidden_dim=HIDDEN, bottleneck_dim=BOTTLENECK)
     ours = MultiCropWrapper(backbone, head).train()
     if random_gains:
         with torch.no_grad():
             for name, parameter in ours.named_parameters():
                 if "gamma" in name:
                     parameter.uniform_(0.0, 2.0)
-    reference = Network(arch, 128, HEAD["hidden"], HEAD["bottleneck"], 0.0).train()
+    reference = Network(arch, PROTOTYPES, HIDDEN, BOTTLENECK, 0.0).train()
     reference.load_state_dict(ours.state_dict())
     return ours, reference
 
@@ -117,10 +119,10 @@ def compared(arch: str, random_gains: bool, dtype: torch.dtype, seeds: int) -> d
     for seed in range(seeds):
         ours, reference = networks(arch, random_gains, seed)
         sides = [48] * 2 + [32] * LOCALS
-        samples = 3 if arch.startswith(LARGE) else 6
+        samples = 2 if arch.startswith(LARGE) else 4
         views = [torch.randn(samples, 3, side, side) for side in sides]
         crops = [torch.stack(views[:2]), torch.stack(views[2:])]
-        targets = torch.randn(2 * samples, 128) * 0.2
+        targets = torch.randn(2 * samples, PROTOTYPES) * 0.2
         exact = copy.deepcopy(reference).double()
         truth = run(exact, [view.double() for view in views], targets.double())
         del exact
@@ -129,10 +131,7 @@ def compared(arch: str, random_gains: bool, dtype: torch.dtype, seeds: int) -> d
             of_theirs = run(reference, views, targets, dtype, scale)
             if all(finite(outcome) for outcome in (of_ours, of_theirs)):
                 break
-        # With gains of 1e-5 every image has the same class token but for 1e-7: what errs in it and
-        # behind it is one vector, in which chance is all. The patch tokens tell the images apart.
-        alike = VARIANTS[arch.rpartition("_p")[0]].eta < 1 and not random_gains
-        for what in ("stream",) if alike else ("features", "stream", "log_p"):
+        for what in ("features", "stream", "log_p"):
             pair = [error(getattr(o, what), getattr(truth, what)) for o in (of_ours, of_theirs)]
             squares[what] = squares.get(what, 0) + torch.tensor(pair) ** 2
         of_tensors = torch.tensor(
@@ -177,6 +176,7 @@ def test_a_stream_that_is_rounded_on_purpose_is_found(monkeypatch):
         check(errors)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo looks at it
 @pytest.mark.parametrize(
     "setting",
     [
@@ -187,11 +187,16 @@ def test_a_stream_that_is_rounded_on_purpose_is_found(monkeypatch):
         {"drop_path_rate": 0.3},
         {"drop_path_rate": 0.3, "join_sizes": True},
         {"training": False},
-        pytest.param({"compiled": True}, marks=pytest.mark.long),
+        {"compiled": True},
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_residual_stream_is_float32_in_every_path(dtype, setting):
+def test_the_residual_stream_is_float32_in_every_path(monkeypatch, dtype, setting):
+    if "compiled" in setting:  # as traced: Dynamo knows neither Inductor's minutes nor jaxtyping
+        monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+        torch._dynamo.reset()
+        compiled = partial(torch.compile, dynamic=False, fullgraph=True, backend="aot_eager")
+        monkeypatch.setattr(xcit, "_compiled_forward", cache(lambda kind: compiled(kind.forward)))
     model = build_xcit("xcit_nano_12_p16", num_classes=0)
     for name, value in setting.items():
         setattr(model, name, value)
