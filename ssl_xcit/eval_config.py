@@ -29,7 +29,7 @@ class KnnConfig:
     """Neighbours that vote; one result for each."""
     temperature: tuple[float, ...] = (0.07,)
     """A neighbour of cosine similarity s has exp(s / temperature) votes; one result for each."""
-    features: Features = "cls"
+    features: tuple[Features, ...] = ("cls",)
     """Class token, mean patch token, both, or what enters the last n layers of class attention."""
     role: Literal["teacher", "student"] = "teacher"
     """Whose weights are read from a run."""
@@ -76,8 +76,10 @@ class KnnConfig:
         check(self, ">= 0", "num_workers")
         check(self, "> 0", "temperature")
         check(self, "in [0, 2^63)", "seed")
-        if not (self.k and self.temperature):
-            raise UserError("k and temperature must name at least one number, got none")
+        for name in ("features", "k", "temperature"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise UserError(f"{name} must name at least one value, each once, got {values}")
         if self.crop > self.resize:
             raise UserError(f"crop must be <= resize ({self.resize}), got {self.crop}")
 

@@ -110,11 +110,14 @@ def save_facts(folder: Path, facts: dict) -> None:
 def load_facts(folder: Path) -> dict:
     """What `save_facts` said. Raises UserError if the features are not complete."""
     try:
-        return json.loads((folder / "features.json").read_text())
+        facts = json.loads((folder / "features.json").read_text())
     except (OSError, ValueError) as error:
         raise UserError(
             f"{folder} holds no complete features: make them with --save-features {folder}"
         ) from error
+    if isinstance(facts["features"], str):  # older folders hold one kind
+        facts["features"] = [facts["features"]]
+    return facts
 
 
 def load_features(folder: Path, name: str) -> dict[str, Features]:

@@ -30,8 +30,9 @@ def evaluate_knn(config: KnnConfig) -> dict:
     """k-NN accuracy of a checkpoint, of an untrained network or of the pixels, as `config` says.
 
     Prints a table, and writes what it returns as JSON to `config.out` if that is set: "accuracy"
-    has a row for each temperature and k, "top1" and "top5" in percent; the rest is everything that
-    decided them. With torchrun the ranks share the images and the search, and rank 0 reports.
+    has a row for each kind of features, temperature and k, "top1" and "top5" in percent; the rest
+    is everything that decided them. With torchrun the ranks share the images and the search, and
+    rank 0 reports.
 
     Raises UserError for what the user can mend: images that are missing or do not belong together,
     a checkpoint that is no backbone or for other images, features that are not finite.
@@ -53,22 +54,12 @@ def _evaluate(config: KnnConfig, ranks: Distributed) -> dict:
     if config.load_features:
         folder = Path(config.load_features)
         facts = load_facts(folder)
-        kind = facts["features"]
-        train, test = (load_features(folder, name)[kind] for name in ("train", "test"))
+        train, test = (load_features(folder, name) for name in ("train", "test"))
     else:
         train, test, facts = _extract(config, ranks)
     extracted = time.perf_counter()
-    mine = torch.from_numpy(rank_share(test.indices.numpy(), ranks.rank, ranks.world_size))
-    parts = (train.features, train.labels, test.features[mine])
-    neighbours = find_neighbours(*(part.to(ranks.device) for part in parts), max(config.k))
-    rows = []
-    for temperature in config.temperature:
-        for k in config.k:
-            ranked = distributed.gather_variable(neighbours.votes(k, temperature).cpu())
-            top1, top5 = accuracy(ranked, test.labels)
-            voters = min(k, len(train.labels))
-            row = {"k": k, "temperature": temperature, "voters": voters}
-            rows.append(row | {"top1": top1, "top5": top5})
+    kinds = facts["features"]
+    rows = [row for kind in kinds for row in _search(kind, train[kind], test[kind], config, ranks)]
     searched = time.perf_counter()
     return {
         **facts,
@@ -83,8 +74,28 @@ def _evaluate(config: KnnConfig, ranks: Distributed) -> dict:
     }
 
 
-def _extract(config: KnnConfig, ranks: Distributed) -> tuple[Features, Features, dict]:
-    """Features of both datasets, and the facts about them."""
+def _search(
+    kind: str, train: Features, test: Features, config: KnnConfig, ranks: Distributed
+) -> list[dict]:
+    """The rows of one kind of features."""
+    mine = torch.from_numpy(rank_share(test.indices.numpy(), ranks.rank, ranks.world_size))
+    parts = (train.features, train.labels, test.features[mine])
+    neighbours = find_neighbours(*(part.to(ranks.device) for part in parts), max(config.k))
+    rows = []
+    for temperature in config.temperature:
+        for k in config.k:
+            ranked = distributed.gather_variable(neighbours.votes(k, temperature).cpu())
+            top1, top5 = accuracy(ranked, test.labels)
+            voters = min(k, len(train.labels))
+            row = {"features": kind, "k": k, "temperature": temperature, "voters": voters}
+            rows.append(row | {"top1": top1, "top5": top5})
+    return rows
+
+
+def _extract(
+    config: KnnConfig, ranks: Distributed
+) -> tuple[dict[str, Features], dict[str, Features], dict]:
+    """Features of each kind of both datasets, and the facts about them."""
     folder = Path(config.save_features) if config.save_features else None
     config = settled(config, ranks, None if folder is None else precision_of(folder))
     subject = _subject(config)
@@ -93,10 +104,10 @@ def _extract(config: KnnConfig, ranks: Distributed) -> tuple[Features, Features,
     check_datasets(**datasets)
     if subject is not None:
         check_channels(subject.in_chans, *datasets.values())
-    kind = "pixels" if subject is None else config.features
+    kinds = ["pixels"] if subject is None else list(config.features)
     facts = {
         **(NO_FACTS | {"source": "pixels"} if subject is None else subject.facts),
-        "features": kind,
+        "features": kinds,
         "precision": config.precision,
         "transform": {
             "resize": config.resize,
@@ -112,14 +123,14 @@ def _extract(config: KnnConfig, ranks: Distributed) -> tuple[Features, Features,
             subject,
             images,
             EvalView(config.resize, config.crop, config.interpolation),
-            [kind],
+            kinds,
             ranks,
             batch_size=config.batch_size,
             num_workers=config.num_workers,
             precision=config.precision,
             folder=folder,
             name=name,
-        )[kind]
+        )
         for name, images in datasets.items()
     )
     if folder is not None and ranks.rank == 0:
@@ -141,15 +152,16 @@ def _table(result: dict) -> str:
     """The result for the eye."""
     train, test = result["train"], result["test"]
     lines = [
-        f"k-NN, features {result['features']}: {describe_subject(result)}",
+        f"k-NN: {describe_subject(result)}",
         f"{test['images']:,} test images, {train['images']:,} training images, "
         f"{train['classes']:,} classes",
-        f"{'k':>6}{'T':>8}{'top-1 %':>10}{'top-5 %':>10}",
+        f"{'features':>10}{'k':>6}{'T':>8}{'top-1 %':>10}{'top-5 %':>10}",
     ]
     for row in result["accuracy"]:
         few = row["voters"] < row["k"]
         note = f"   only {row['voters']} training images: all of them vote" if few else ""
         lines.append(
-            f"{row['k']:>6}{row['temperature']:>8g}{row['top1']:>10.2f}{row['top5']:>10.2f}{note}"
+            f"{row['features']:>10}{row['k']:>6}{row['temperature']:>8g}"
+            f"{row['top1']:>10.2f}{row['top5']:>10.2f}{note}"
         )
     return "\n".join(lines)

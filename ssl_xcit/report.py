@@ -179,7 +179,8 @@ def _results(run: Path, file: Path) -> Iterator[Result]:
     for row in result.get("accuracy", []):
         temperature = "" if row["temperature"] == 0.07 else f", T = {row['temperature']:g}"
         label = f"k-NN, k = {row['k']}{temperature}"
-        kind = "" if result["features"] == "pixels" else result["features"]
+        kind = row.get("features", result["features"])  # of older results, the file's
+        kind = "" if kind == "pixels" else kind
         yield Result(label, network, kind, row["top1"], row["top5"], images, name, ours)
     for protocol in ("fast", "official"):
         if "top1" in (found := result.get(protocol) or {}):

@@ -245,6 +245,8 @@ def test_every_setting_can_be_set_by_its_flat_dino_name(cls):
             )
         elif isinstance(choices[0], str):
             text, expected = choices[-1], choices[-1]
+        elif words := getattr(choices[0], "__args__", ()):  # several of some words
+            text, expected = " ".join(words[:2]), words[:2]
         else:
             text, expected = "1 2", (choices[0](1), choices[0](2))
         for spelling in (name, name.rpartition(".")[2], name.rpartition(".")[2].replace("_", "-")):

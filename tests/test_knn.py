@@ -427,7 +427,7 @@ def test_a_run_folder_is_evaluated_with_its_own_weights_and_statistics(
     betons, run, which, role, seed
 ):
     ks = (1, 3, 5, 9, 15, 40)
-    config = knn_config(betons, checkpoint=str(run), role=role, features=which, k=ks)
+    config = knn_config(betons, checkpoint=str(run), role=role, features=(which,), k=ks)
     result = evaluate_knn(config)
     expected = expected_accuracy(seed, betons, which, ks, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     assert top1(result) == pytest.approx(expected)
@@ -450,16 +450,16 @@ def test_the_result_is_printed_and_stored_with_all_that_decided_it(betons, run, 
     assert stored["test"] == {"path": betons[1], "images": 7, "classes": 3}
     assert [(row["k"], row["voters"]) for row in stored["accuracy"]] == [(2, 2), (200, 40)]
     assert stored["accuracy"][1]["top5"] == 100.0
-    assert stored["features"] == "cls"
+    assert stored["features"] == ["cls"]
     assert {row["temperature"] for row in stored["accuracy"]} == {0.07}
     assert stored["transform"]["interpolation"] == "bicubic"
     assert stored["versions"]["torch"] == torch.__version__
     assert min(stored["seconds"].values()) > 0
     printed = capsys.readouterr().out
-    assert f"features cls: {ARCH}, teacher of {run}" in printed
+    assert f"k-NN: {ARCH}, teacher of {run}" in printed
     assert "7 test images, 40 training images, 3 classes\n" in printed
     row = result["accuracy"][0]
-    assert f"     2    0.07{row['top1']:>10.2f}{row['top5']:>10.2f}\n" in printed
+    assert f"       cls     2    0.07{row['top1']:>10.2f}{row['top5']:>10.2f}\n" in printed
     assert "100.00   only 40 training images: all of them vote\n" in printed
 
 
@@ -499,7 +499,7 @@ def test_pixels_are_compared_as_they_lie_in_the_files(betons):
     for k in (1, 5):
         oracle = sklearn_knn(k, 0.07, train, train_labels)
         assert top1(result)[k] == pytest.approx(100 * oracle.score(test, test_labels))
-    assert (result["source"], result["features"], result["arch"]) == ("pixels", "pixels", None)
+    assert (result["source"], result["features"], result["arch"]) == ("pixels", ["pixels"], None)
 
 
 def test_the_search_gets_the_views_and_settings_of_the_configuration(betons, monkeypatch):
@@ -674,6 +674,22 @@ def test_a_killed_evaluation_continues_with_the_features_it_has(betons, run, tmp
         assert json.loads(json.dumps(loaded[key])) == stored[key]
 
 
+def test_several_kinds_of_features_are_what_each_is_alone(betons, run, tmp_path):
+    folder, kinds = tmp_path / "features", ("patch", "cls")
+    options = {"checkpoint": str(run), "k": (1, 5)}
+    several = evaluate_knn(knn_config(betons, **options, features=kinds, save_features=str(folder)))
+    alone = [evaluate_knn(knn_config(betons, **options, features=(kind,))) for kind in kinds]
+    assert several["features"] == list(kinds)
+    assert several["accuracy"] == [row for result in alone for row in result["accuracy"]]
+    assert [row["features"] for row in several["accuracy"]] == ["patch", "patch", "cls", "cls"]
+    search = KnnConfig(load_features=str(folder), k=(1, 5))
+    assert evaluate_knn(search)["accuracy"] == several["accuracy"]
+    # a folder of a version that knew one kind
+    facts = json.loads((folder / "features.json").read_text()) | {"features": "cls"}
+    (folder / "features.json").write_text(json.dumps(facts))
+    assert evaluate_knn(search)["accuracy"] == alone[1]["accuracy"]
+
+
 def test_two_ranks_predict_what_one_process_predicts(betons, run, tmp_path):
     out = tmp_path / "result.json"
     options = ["--save-features", str(tmp_path / "features"), "--out", str(out)]
@@ -696,7 +712,7 @@ def test_features_of_another_evaluation_are_refused_and_not_overwritten(betons, 
     others = {
         "subject, statistics": {"checkpoint": "", "random_init": True, "arch": ARCH},
         "view": {"resize": 36},
-        "kinds": {"features": "patch"},
+        "kinds": {"features": ("patch",)},
         "images": {"train": betons[1]},
         "precision": {"precision": "bf16"},
     }
