@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Everything that `make demo` and `make test` need: system packages, a virtual environment, the
+# Everything that `make demo` or `make test` needs: system packages, a virtual environment, the
 # requirements. Does only what is missing, and may be interrupted at any point and run again.
 #
 #   PYTHON        the interpreter to build with (else the first 3.11 or 3.12 found)
 #   VENV          where the virtual environment is (.venv)
-#   REQUIREMENTS  what is installed into it (requirements-dev.txt)
+#   REQUIREMENTS  what is installed into it (requirements-dev.txt, which has requirements.txt in it)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${VENV:-.venv}
@@ -91,12 +91,18 @@ choose_python() {
         "PYTHON=/path/to/python3.11"
 }
 
-# The stamp is removed first and written last: an interrupted set-up is done again.
+# One line that stands for what a file of requirements asks for in this checkout.
+checksum() {
+    cat "$1" requirements.txt pyproject.toml <(echo "$1" "$PWD" "${PYTHON:-}") | sha256sum
+}
+
+# The stamp says which files of requirements are installed. It is removed first and written last: an
+# interrupted set-up is done again.
 environment() {
     local stamp=$venv/.requirements.sha256 wanted python version clear=
-    wanted=$(cat "$requirements" requirements.txt pyproject.toml <(echo "$PWD" "${PYTHON:-}") |
-        sha256sum)
-    if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && "$venv/bin/python" -c '' 2>/dev/null; then
+    wanted=$(checksum "$requirements")
+    if [[ "$(cat "$stamp" 2>/dev/null)" == *"$wanted"* ]] && "$venv/bin/python" -c '' 2>/dev/null
+    then
         return
     fi
     python=$(choose_python)
@@ -107,7 +113,10 @@ environment() {
     fi
     echo "setting up $venv with $version (torch is large: minutes the first time)"
     "$python" -m venv "$venv" $clear
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements"
+    # Not compiled: Python does that with what it imports, a part of it, when it first does
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile \
+        -r "$requirements"
+    [ "$requirements" = requirements-dev.txt ] && wanted+=$'\n'$(checksum requirements.txt)
     echo "$wanted" >"$stamp"
 }
 

@@ -88,7 +88,8 @@ def install(*packages: str) -> str:
     return f"apt-get install -y --no-install-recommends {' '.join(packages)}"
 
 
-INSTALL = ["venv ", "pip install --quiet --disable-pip-version-check -r requirements-dev.txt"]
+PIP = "pip install --quiet --disable-pip-version-check --no-compile -r requirements-dev.txt"
+INSTALL = ["venv ", PIP]
 
 
 def test_a_fresh_machine_gets_everything_and_the_second_time_nothing(machine):
@@ -180,6 +181,20 @@ def test_changed_requirements_are_installed(machine, name):
     machine.run()
     (machine.root / "pip_fails").unlink()
     (machine.root / "checkout" / name).write_text("changed")
+    assert machine.run()[1] == INSTALL
+
+
+def test_the_demo_waits_for_no_package_that_only_tests_need(machine, tmp_path):
+    assert "REQUIREMENTS=requirements.txt scripts/setup.sh" in would_run(tmp_path, "demo")
+    demo = {"REQUIREMENTS": "requirements.txt"}
+    assert machine.run(**demo)[1][-1] == INSTALL[1].replace("-dev", "")
+    assert machine.run(**demo)[1] == []
+    assert machine.run()[1] == INSTALL  # of the tests, into the same environment
+    assert machine.run()[1] == machine.run(**demo)[1] == []
+    (machine.checkout / "requirements-dev.txt").write_text("changed")
+    assert machine.run(**demo)[1] == []
+    (machine.checkout / "requirements.txt").write_text("changed")
+    assert machine.run(**demo)[1] != []
     assert machine.run()[1] == INSTALL
 
 
