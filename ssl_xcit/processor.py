@@ -5,6 +5,7 @@ Nothing here imports torch: the variables are read when its libraries are loaded
 
 import contextlib
 import ctypes
+import functools
 import os
 from pathlib import Path
 
@@ -54,6 +55,15 @@ def _quota(folder: Path, version: int) -> float:
     if float(quota) <= 0:
         raise ValueError("no quota")
     return float(quota) / float(period)
+
+
+@functools.cache
+def made_by_intel() -> bool:
+    """Whether the processor is one of Intel's; False where Linux does not say."""
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 def prepare() -> None:

@@ -7,7 +7,16 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from ssl_xcit import products
 from ssl_xcit.products import Linear, gelu_linear, linear
+
+
+@pytest.fixture(params=[False, True], ids=["oneDNN", "MKL"], autouse=True)
+def intel(request, monkeypatch):
+    """As on a processor of another maker and on one of Intel's, with the libraries they get."""
+    monkeypatch.setattr(products, "made_by_intel", lambda: request.param)
+    return request.param
+
 
 needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this torch was built without oneDNN"
@@ -81,9 +90,9 @@ def test_only_the_gradients_that_are_wanted_are_computed():
 
 
 @needs_onednn
-def test_float32_on_a_cpu_goes_to_onednn_and_everything_else_to_torch():
+def test_float32_on_a_cpu_not_of_intel_goes_to_onednn_and_everything_else_to_torch(intel):
     x, weight = torch.randn(4, 7), torch.randn(11, 7)
-    assert "mkldnn" in operators(x, weight)
+    assert ("mkldnn" in operators(x, weight)) is not intel
     for other in (x.double(), x.bfloat16(), x[:0]):
         assert "mkldnn" not in operators(other, weight.to(other.dtype))
     with torch.autocast("cpu", torch.float16):
