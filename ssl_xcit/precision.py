@@ -41,12 +41,13 @@ def choose(asked: str, ranks: Distributed, stored: str | None = None) -> Precisi
     """
     set_tf32()
     if asked != "auto":
-        return _as_asked(asked, ranks, "as asked for")
+        return _slow_or_not(asked, ranks, "as asked for", "--precision auto is quicker")
     best = quickest(ranks.device)
     name = NAMES[distributed.maximum(NAMES.index(best.name))]
     number = distributed.maximum(-1 if stored is None else NAMES.index(stored))
     if number >= 0 and NAMES[number] != name:
-        return _as_asked(NAMES[number], ranks, f"as it was begun; here it would be {name}")
+        reason = f"as it was begun; here it would be {name}"
+        return _slow_or_not(NAMES[number], ranks, reason, f"begun anew, {name} is quicker")
     return best if name == best.name else Precision(name, "for the sake of another rank")
 
 
@@ -58,10 +59,10 @@ def settled(config: Config, ranks: Distributed, stored: str | None = None) -> Co
     return dataclasses.replace(config, precision=found.name)
 
 
-def _as_asked(name: str, ranks: Distributed, reason: str) -> Precision:
+def _slow_or_not(name: str, ranks: Distributed, reason: str, better: str) -> Precision:
     cost = slowdown(name, ranks.device)
     if cost and ranks.rank == 0:
-        print(f"warning: {name} {cost}; --precision auto is quicker", file=sys.stderr, flush=True)
+        print(f"warning: {name} {cost}; {better}", file=sys.stderr, flush=True)
     return Precision(name, reason)
 
 

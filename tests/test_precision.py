@@ -114,7 +114,7 @@ def test_the_choice_is_said_and_stored_and_a_run_keeps_it_on_another_machine(
     train.train(config(photos, tmp_path, **settings))
     said = capsys.readouterr()
     assert "\nprecision bf16: as it was begun; here it would be fp32\n" in said.out
-    assert "warning: bf16 is emulated; --precision auto is quicker" in said.err
+    assert "warning: bf16 is emulated; begun anew, fp32 is quicker" in said.err
     assert_same(whole, weights(tmp_path))
 
     check_run_folder(config(photos, tmp_path, **settings))  # it may be submitted again, too
