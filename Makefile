@@ -15,7 +15,7 @@ setup:  ## system packages, .venv and requirements, as far as missing
 
 demo:  ## pretrain on Fashion-MNIST and evaluate, 5 to 15 minutes on 2 cores; FRESH=1 trains anew
 	@REQUIREMENTS=requirements.txt scripts/setup.sh
-	$(python) -m ssl_xcit.demo $(if $(filter 1,$(FRESH)),--fresh)
+	$(python) -m ssl_xcit demo $(if $(filter 1,$(FRESH)),--fresh)
 
 test: lint  ## lint, then the tests, 12 minutes on 2 cores; WORKERS=1 for one process
 	$(pytest)

@@ -1,4 +1,4 @@
-"""torch.hub entry points: one for each architecture, by the names of `ssl_xcit.xcit`.
+"""torch.hub entry points: one for each architecture, by the names of `ssl_xcit.models.xcit`.
 
     load = functools.partial(torch.hub.load, "path/to/this/repository", source="local")
     load("xcit_small_12_p16")                                        the architecture, untrained
@@ -9,8 +9,8 @@ Nothing is downloaded.
 """
 
 # Names without underscore would be listed as entry points.
-from ssl_xcit.xcit import ARCHITECTURES as _ARCHITECTURES
-from ssl_xcit.xcit import XCiT as _XCiT
+from ssl_xcit.models.variants import ARCHITECTURES as _ARCHITECTURES
+from ssl_xcit.models.xcit import XCiT as _XCiT
 
 dependencies = ["torch", "safetensors", "jaxtyping"]
 
@@ -22,9 +22,9 @@ def _entry_point(arch: str) -> object:
         role: str = "teacher",
         drop_path_rate: float = 0.0,
     ) -> _XCiT:
-        from ssl_xcit.checkpoint import read_weights
-        from ssl_xcit.errors import UserError
-        from ssl_xcit.xcit import build_xcit
+        from ssl_xcit.checkpoints.read import read_weights
+        from ssl_xcit.models.xcit import build_xcit
+        from ssl_xcit.runtime.errors import UserError
 
         if isinstance(pretrained, bool) and pretrained:
             raise UserError("nothing is downloaded: pretrained must be the path of a file or run")
@@ -51,7 +51,7 @@ def _entry_point(arch: str) -> object:
     build.__doc__ = f"""{arch}, untrained or with the weights in `pretrained`.
 
     Args:
-        pretrained: path of a file in any format that `ssl_xcit.checkpoint` reads, or of a run.
+        pretrained: path of a run, or of a file in any format that `ssl_xcit.checkpoints` knows.
         num_classes: 0 for the cls token instead of logits; otherwise the classes of the file, or
             without a file any number (1000).
         role: which network of a file with several.

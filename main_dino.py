@@ -6,25 +6,28 @@
 The same command again continues the run in its folder; --help lists every option. The code, in the
 order in which a run meets it (all in ssl_xcit/):
 
-    config.py       the settings, their defaults and bounds; configs/pretrain/<arch>.yaml over them
-    options.py      how files and flags fill them
-    train.py        train(config): builds networks, loss, optimiser and loader; Algorithm 1
-    engine.py       the loop and the step of every training (task.py: what it asks of one)
-    run_folder.py   claims the run folder: whose it is, and what ran there
-    saving.py       saves and resumes
-    beton.py        the images: one memory-mapped file
-    loader.py       decodes each image once and cuts all its views (kernels.py, augment.py)
-    xcit.py         the backbone
-    dino.py         the head, multi-crop, the loss with its centre, the teacher's update
-    schedules.py    learning rate, weight decay, momentum and temperature as functions of the step
-    optim.py        parameter groups, optimisers, clipping, the frozen last layer
-    distributed.py  ranks
-    metrics.py      metrics.jsonl and the progress line
-    probe.py        k-NN on the teacher while it learns (features.py, knn.py)
-    checkpoint.py   checkpoints: safetensors and JSON
+    dino/config.py            the settings, their defaults; configs/pretrain/<arch>.yaml over them
+    runtime/options.py        how files and flags fill them
+    dino/train.py             train(config): networks, loss, optimiser and loader; Algorithm 1
+    training/engine.py        the loop and the step of every training (task.py: what it asks of one)
+    training/run_folder.py    claims the run folder: whose it is, and what ran there
+    training/saving.py        saves and resumes
+    data/beton.py             the images: one memory-mapped file
+    data/loader.py            decodes each image once and cuts all its views (kernels.py, views.py)
+    models/xcit.py            the backbone
+    dino/head.py              the projection head
+    dino/loss.py              the loss with its centre
+    dino/teacher.py           the teacher's update
+    training/schedules.py     learning rate, weight decay, momentum and temperature by the step
+    training/optim.py         parameter groups, optimisers, clipping, the frozen last layer
+    runtime/distributed.py    ranks
+    training/metrics.py       metrics.jsonl and the progress line
+    dino/probe.py             k-NN on the teacher while it learns (evaluation/features.py, knn.py)
+    checkpoints/folder.py     checkpoints: safetensors and JSON
 """
 
-from ssl_xcit.config import TrainConfig, run_command
+from ssl_xcit.dino.config import TrainConfig
+from ssl_xcit.runtime.command import run_command
 
 if __name__ == "__main__":
-    run_command(TrainConfig, "ssl_xcit.train:train", files=("pretrain/{arch}.yaml",))
+    run_command(TrainConfig, "ssl_xcit.dino.train:train", files=("pretrain/{arch}.yaml",))

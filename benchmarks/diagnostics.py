@@ -2,11 +2,11 @@
 
     python benchmarks/diagnostics.py [--setting demo|small] [--pairs 15]
 
-A real step of `ssl_xcit.train` in one thread on one batch of random pixels that is taken again and
-again, alternately with and without what a logged step does more: the diagnostics of its logits and
-features, the numbers of the row, and the verdict. `diagnostics_ms` is the time in just these, which
-the difference of two steps hides in its noise. Medians of CPU time; the shares are those of an
-interval of `log_every` steps, of which one is logged.
+A real step of `ssl_xcit.dino.train` in one thread on one batch of random pixels that is taken again
+and again, alternately with and without what a logged step does more: the diagnostics of its logits
+and features, the numbers of the row, and the verdict. `diagnostics_ms` is the time in just these,
+which the difference of two steps hides in its noise. Medians of CPU time; the shares are those of
+an interval of `log_every` steps, of which one is logged.
 """
 
 import argparse
@@ -36,10 +36,12 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
     """{"plain_ms": ..., "logged_ms": ..., "diagnostics_ms": ..., "share_percent": ...}"""
     import torch
 
-    from ssl_xcit import distributed, train
-    from ssl_xcit.config import TrainConfig, load_config
-    from ssl_xcit.engine import train_step
-    from ssl_xcit.guard import BatchStatistics
+    from ssl_xcit.dino import train
+    from ssl_xcit.dino.config import TrainConfig
+    from ssl_xcit.runtime import distributed
+    from ssl_xcit.runtime.config import load_config
+    from ssl_xcit.training.engine import train_step
+    from ssl_xcit.training.guard import BatchStatistics
 
     torch.set_num_threads(1)
     given = ["--data", str(write_noise(folder)), "--out", str(folder / "run"), "--device", "cpu"]
@@ -90,7 +92,7 @@ def write_noise(folder: Path) -> Path:
     import numpy as np
     from PIL import Image
 
-    from ssl_xcit.beton import write_beton
+    from ssl_xcit.data.writer import write_beton
 
     draw = np.random.default_rng(0)
     (folder / "images").mkdir()

@@ -42,8 +42,8 @@ BATCH, MOST_IMAGES = 64, 1000
 def ours(args: argparse.Namespace, dtype: str = "uint8") -> Callable[[], int]:
     import torch
 
-    from ssl_xcit.augment import dino_views
-    from ssl_xcit.loader import MultiCropLoader
+    from ssl_xcit.data.loader import MultiCropLoader
+    from ssl_xcit.data.views import dino_views
 
     loader = MultiCropLoader(
         args.beton,
@@ -190,7 +190,7 @@ def prototype(args: argparse.Namespace) -> Callable[[], int]:
 
 
 def decode(args: argparse.Namespace) -> Callable[[], int]:
-    from ssl_xcit.beton import Beton
+    from ssl_xcit.data.beton import Beton
 
     folder = importlib.util.find_spec("ffcv").submodule_search_locations[0]
     imdecode = ctypes.CDLL(str(next(Path(folder).glob("_libffcv*.so")))).imdecode
@@ -338,7 +338,8 @@ def measure(title: str, names: list[str], options: list[str], rounds: int, worke
 
 
 def main() -> None:
-    from ssl_xcit.beton import Beton, write_beton
+    from ssl_xcit.data.beton import Beton
+    from ssl_xcit.data.writer import write_beton
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -391,7 +392,7 @@ def shrink(path: Path, folder: Path) -> None:
     """Images as FFCV's users store ImageNet: the long side at most 500, JPEG of quality 90."""
     from PIL import Image
 
-    from ssl_xcit.beton import Beton
+    from ssl_xcit.data.beton import Beton
 
     folder.mkdir()
     beton = Beton(path)
@@ -403,7 +404,7 @@ def shrink(path: Path, folder: Path) -> None:
 
 def unpack(path: Path) -> None:
     """The images of a .beton as files, in a folder beside it."""
-    from ssl_xcit.beton import Beton
+    from ssl_xcit.data.beton import Beton
 
     beton, folder = Beton(path), path.with_suffix("")
     folder.mkdir()

@@ -5,7 +5,7 @@
 Images/s of a step alone, beside one busy process, and beside one for each core; the share is of
 what is fair: of C cores, beside B busy processes, C / (C + B). Each row is a way for OpenMP's
 threads to wait for each other, in a process of its own. They take turns; each turn begins with some
-seconds that do not count. See ssl_xcit/neighbours.py.
+seconds that do not count. See ssl_xcit/runtime/neighbours.py.
 """
 
 import argparse

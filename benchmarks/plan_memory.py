@@ -1,9 +1,9 @@
-"""How right is `python -m ssl_xcit.plan` about memory? Its peak beside that of real steps on a CPU.
+"""How right is `ssl-xcit plan` about memory? Its peak beside that of real steps on a CPU.
 
     python benchmarks/plan_memory.py [--batch 4] [--local_crops 4] [--out_dim 8192] [--bf16]
 
 For each architecture fresh processes run two real optimiser steps on random pixels, made of the
-same pieces as `ssl_xcit.train`'s, and report
+same pieces as `ssl_xcit.dino.train`'s, and report
 
     tensors   most bytes of storages that operators' results occupied at once, without the scratch
               memory inside of operators: what the plan foretells
@@ -70,8 +70,9 @@ def measure(args: argparse.Namespace) -> dict:
     """{"plan": bytes, "peak": bytes} of the one architecture in `args.archs`."""
     import torch
 
-    from ssl_xcit.config import Crops, Head, Optim, Run, TrainConfig
-    from ssl_xcit.training_memory import LiveBytes, training_memory
+    from ssl_xcit.dino.config import Crops, Head, Optim, TrainConfig
+    from ssl_xcit.dino.memory import LiveBytes, training_memory
+    from ssl_xcit.training.config import Run
 
     torch.set_num_threads(1)
     optim = Optim(
@@ -107,15 +108,16 @@ def steps(config: object) -> None:
 
     import torch
 
-    from ssl_xcit.dino import DINOLoss, update_teacher
-    from ssl_xcit.networks import dino_network
-    from ssl_xcit.optim import (
+    from ssl_xcit.dino.loss import DINOLoss
+    from ssl_xcit.dino.memory import crop_groups, forward_backward
+    from ssl_xcit.dino.networks import dino_network
+    from ssl_xcit.dino.teacher import update_teacher
+    from ssl_xcit.training.optim import (
         build_optimizer,
         clip_gradients,
         parameter_groups,
         set_hyperparameters,
     )
-    from ssl_xcit.training_memory import crop_groups, forward_backward
 
     student = dino_network(config)
     teacher = copy.deepcopy(student).requires_grad_(False)

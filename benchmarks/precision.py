@@ -35,7 +35,7 @@ def main() -> None:
         server.close()
     import torch
 
-    from ssl_xcit.precision import quickest
+    from ssl_xcit.runtime.precision import quickest
 
     rates = {name: case.batch / statistics.median(times) for name, times in seconds.items()}
     chosen = quickest(torch.device(args.device))

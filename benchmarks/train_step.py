@@ -6,18 +6,12 @@
 A step is the teacher's forward pass, the student's over 2 + L crops, loss, backward, clipping,
 AdamW, the teacher's average and the centre. Every program is a process of its own, all of them live
 at once and take turns, step by step, so that a change in the machine's speed meets all alike. Ours
-is `ssl_xcit.engine.train_step` itself, on random pixels. The yardstick is reference_step.py, which
-executes the operations of the official code, or with the two folders (checkouts of
-facebookresearch/dino and facebookresearch/xcit) that code itself: its model, head, wrapper, loss
-and clipping in its loop, with BatchNorm2d for SyncBatchNorm, which refuses CPUs, and nano with the
-norm of the other sizes, because its own writes in place what autograd needs. On a GPU the official
-program runs in its own precision, float16 with a loss scale.
-
-Columns: median seconds of a step (wall) and of CPU time; images of the dataset per second; FLOP/s
-of the network's products (as `python -m ssl_xcit.plan` counts them, for all programs alike) and
-their share of what a product of the MLP's shape reaches in the same precision, measured here; peak
-memory of the process, all Python included (on a GPU: of its allocator); the ratios to the first
-program; the seconds of the uncounted steps, compilation included.
+is `ssl_xcit.training.engine.train_step` itself, on random pixels. The yardstick is
+reference_step.py, which executes the operations of the official code, or with the two folders
+(checkouts of facebookresearch/dino and facebookresearch/xcit) that code itself: its model, head,
+wrapper, loss and clipping in its loop, with BatchNorm2d for SyncBatchNorm, which refuses CPUs, and
+nano with the norm of the other sizes, because its own writes in place what autograd needs. On a GPU
+the official program runs in its own precision, float16 with a loss scale.
 """
 
 import argparse
@@ -181,7 +175,7 @@ def serve(args: argparse.Namespace) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     if program.startswith("ours"):
-        from ssl_xcit import processor
+        from ssl_xcit.runtime import processor
 
         processor.prepare()
     import torch
@@ -219,8 +213,8 @@ def rates(case: Case, device: str) -> dict[str, float]:
     """FLOPs of a step, and FLOP/s of the MLP's product in both precisions."""
     import torch
 
-    from ssl_xcit.training_cost import step_flops
-    from ssl_xcit.xcit import VARIANTS
+    from ssl_xcit.dino.plan import step_flops
+    from ssl_xcit.models.variants import VARIANTS
 
     d = VARIANTS[case.arch.rpartition("_p")[0]].embed_dim
     n = 8 * 196
@@ -252,7 +246,8 @@ def crops_of(case: Case, device: str) -> tuple:
 
 def settings(case: Case, run: dict, folder: Path, device: str) -> object:
     """The TrainConfig of ours."""
-    from ssl_xcit.config import Crops, Head, Loss, Model, Optim, Run, TrainConfig
+    from ssl_xcit.dino.config import Crops, Head, Loss, Model, Optim, TrainConfig
+    from ssl_xcit.training.config import Run
 
     return TrainConfig(
         case.arch,
@@ -285,11 +280,11 @@ def ours(case: Case, run: dict, device: str) -> object:
     import torch
     from PIL import Image
 
-    from ssl_xcit import distributed
-    from ssl_xcit.beton import write_beton
-    from ssl_xcit.engine import train_step
-    from ssl_xcit.guard import BatchStatistics
-    from ssl_xcit.train import Pretraining
+    from ssl_xcit.data.writer import write_beton
+    from ssl_xcit.dino.train import Pretraining
+    from ssl_xcit.runtime import distributed
+    from ssl_xcit.training.engine import train_step
+    from ssl_xcit.training.guard import BatchStatistics
 
     case = case._replace(**{name: run[name] for name in Case._fields if name in run})
     run = {name: value for name, value in run.items() if name not in Case._fields}

@@ -6,11 +6,11 @@
 
 Published for DINO's XCiT on ImageNet (--features cls, chosen on the test images): small_12_p16
 77.8, small_12_p8 79.2, medium_24_p16 78.8, medium_24_p8 80.3. The work is done by
-ssl_xcit/linear_evaluation.py, linear.py and features.py.
+ssl_xcit/evaluation/linear_evaluation.py, linear.py and features.py.
 """
 
-from ssl_xcit.config import run_command
-from ssl_xcit.eval_config import LinearConfig
+from ssl_xcit.evaluation.config import LinearConfig
+from ssl_xcit.runtime.command import run_command
 
 if __name__ == "__main__":
-    run_command(LinearConfig, "ssl_xcit.linear_evaluation:evaluate_linear")
+    run_command(LinearConfig, "ssl_xcit.evaluation.linear_evaluation:evaluate_linear")

@@ -6,11 +6,11 @@
     python eval/supervised.py --list
 
 Published for the 42 models: --list, for example 85.12 for the one above. The work is done by
-ssl_xcit/supervised.py, supervised_tables.py and model_zoo.py.
+ssl_xcit/evaluation/: supervised.py and supervised_tables.py.
 """
 
-from ssl_xcit.config import run_command
-from ssl_xcit.supervised_config import SupervisedConfig
+from ssl_xcit.evaluation.config import SupervisedConfig
+from ssl_xcit.runtime.command import run_command
 
 if __name__ == "__main__":
-    run_command(SupervisedConfig, "ssl_xcit.supervised:evaluate_supervised")
+    run_command(SupervisedConfig, "ssl_xcit.evaluation.supervised:evaluate_supervised")

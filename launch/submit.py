@@ -11,18 +11,10 @@ Every option of main_dino.py, or of eval/NAME.py, and the job's (--help lists th
 of your cluster go into configs/slurm.yaml. The run folder must be on a disk that all machines
 share; the job's logs, and the copy of the program that it runs, are in its slurm/. A job that is
 preempted or reaches its time limit saves, is queued again and goes on. The work is done by
-ssl_xcit/slurm.py and job.py.
+ssl_xcit/slurm/submit.py and job.py.
 """
 
-import sys
-
-from ssl_xcit.config import SubmitConfig, run_command
-from ssl_xcit.submission import submit_evaluation
+from ssl_xcit.slurm.command import main
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["eval"]:
-        submit_evaluation(sys.argv[2:])
-    else:
-        run_command(
-            SubmitConfig, "ssl_xcit.slurm:submit", files=("slurm.yaml", "pretrain/{arch}.yaml")
-        )
+    main()

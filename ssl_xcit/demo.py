@@ -1,4 +1,4 @@
-"""The main job end to end on real images: `python -m ssl_xcit.demo [--out runs/demo] [--fresh]`.
+"""The main job end to end on real images: `ssl-xcit demo [--out runs/demo] [--fresh]`.
 
 Fashion-MNIST -> two .beton files -> DINO pretraining of an xcit_nano_12_p8 -> k-NN and linear probe
 -> verdict and report.
@@ -15,11 +15,12 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ssl_xcit.config import CONFIGS, TrainConfig, read_config
-from ssl_xcit.errors import UserError, exit_on_user_error
-from ssl_xcit.metrics import read_metrics
-from ssl_xcit.processor import usable_cores
-from ssl_xcit.verdict import verdict
+from ssl_xcit.dino.config import TrainConfig
+from ssl_xcit.dino.verdict import verdict
+from ssl_xcit.runtime.config import CONFIGS, read_config
+from ssl_xcit.runtime.errors import UserError, exit_on_user_error
+from ssl_xcit.runtime.processor import usable_cores
+from ssl_xcit.training.metrics import read_metrics
 
 ROOT = CONFIGS.parent
 TRAIN_IMAGES, TEST_IMAGES = 9_000, 2_000
@@ -30,7 +31,7 @@ LINEAR = ["--mode", "fast", "--features", "cls+patch", "--l2", "0.1", "0.01", "0
 
 def main(argv: list[str] | None = None) -> None:
     """Run what is missing, then print what came out."""
-    parser = argparse.ArgumentParser(prog="python -m ssl_xcit.demo", description=__doc__)
+    parser = argparse.ArgumentParser(prog="ssl-xcit demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="where everything goes")
     parser.add_argument("--fresh", action="store_true", help="forget the last run, train anew")
     parser.add_argument("--seed", type=int, default=0, help="of the pretraining")
@@ -57,7 +58,7 @@ def demo(out: Path, seed: int = 0) -> None:
     for split, path, limit in (("train", train, TRAIN_IMAGES), ("test", test, TEST_IMAGES)):
         if not path.exists():
             options = ["--split", split, "--limit", str(limit)]
-            _run("-m", "ssl_xcit.beton", "write", "FashionMNIST", str(path), *options)
+            _run("-m", "ssl_xcit", "data", "write", "FashionMNIST", str(path), *options)
     finished = run / "finished"
     if not finished.exists():
         probe = ["--probe_train", str(train), "--probe_test", str(test)]
@@ -84,7 +85,7 @@ def demo(out: Path, seed: int = 0) -> None:
     report = run / "report.html"
     if not report.exists():
         results = [*sorted(out.glob("knn_*.json")), *sorted(out.glob("linear_*"))]
-        _run("-m", "ssl_xcit.report", str(run), "--results", *map(str, results))
+        _run("-m", "ssl_xcit", "report", str(run), "--results", *map(str, results))
     print(table(rows, metrics))
     print(verdict(metrics, config).text)
     print(f"run folder {run}\nreport     {report}")

@@ -9,8 +9,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch.utils.flop_counter import register_flop_formula
 
-from ssl_xcit.beton import write_beton
-from ssl_xcit.xcit import VARIANTS
+from ssl_xcit.data.writer import write_beton
+from ssl_xcit.models.variants import VARIANTS
 
 SIDE = 96  # pixels of a tile
 
@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
 def linear_flops(x_shape, weight_shape, *_, out_shape=None, **__) -> int:
-    """For torch's own counter, which does not know the operator of `ssl_xcit.products`."""
+    """For torch's own counter, which does not know the operator of `ssl_xcit.operators.linear`."""
     return 2 * math.prod(x_shape) * weight_shape[0]
 
 

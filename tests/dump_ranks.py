@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ssl_xcit.config import TrainConfig, run_command
-from ssl_xcit.run_log import Log
-from ssl_xcit.train import Pretraining
+from ssl_xcit.dino.config import TrainConfig
+from ssl_xcit.dino.train import Pretraining
+from ssl_xcit.runtime.command import run_command
+from ssl_xcit.training.log import Log
 
 close, loss = Log.close, Pretraining.loss
 
@@ -40,4 +41,4 @@ def digest(tensor: Tensor) -> str:
 
 if __name__ == "__main__":
     Log.close, Pretraining.loss = dump_and_close, note_and_lose
-    run_command(TrainConfig, "ssl_xcit.train:train")
+    run_command(TrainConfig, "ssl_xcit.dino.train:train")

@@ -248,9 +248,10 @@ def load_kernels() -> None:
     from PIL import Image
     from tqdm import tqdm
 
-    from ssl_xcit.augment import EvalView, View
-    from ssl_xcit.beton import write_beton
-    from ssl_xcit.loader import DTYPES, EvalLoader, MultiCropLoader
+    from ssl_xcit.data.batches import DTYPES
+    from ssl_xcit.data.loader import EvalLoader, MultiCropLoader
+    from ssl_xcit.data.views import EvalView, View
+    from ssl_xcit.data.writer import write_beton
 
     no_monitor = mock.patch.object(tqdm, "monitor_interval", 0)  # which is a thread
     with no_monitor, tempfile.TemporaryDirectory() as folder:

@@ -15,10 +15,13 @@ import signal
 import time
 from pathlib import Path
 
-from ssl_xcit import checkpoint, config, saving, xcit
-from ssl_xcit.config import TrainConfig, run_command
-from ssl_xcit.engine import Engine
-from ssl_xcit.train import Pretraining
+from ssl_xcit.checkpoints import folder as checkpoint
+from ssl_xcit.dino.config import TrainConfig
+from ssl_xcit.dino.train import Pretraining
+from ssl_xcit.models import variants, xcit
+from ssl_xcit.runtime.command import run_command
+from ssl_xcit.training import saving
+from ssl_xcit.training.engine import Engine
 
 
 class FailPoints:
@@ -97,8 +100,8 @@ def hold_evaluation() -> None:
 
 
 def add_shallow_architecture() -> None:
-    xcit.VARIANTS["xcit_shallow"] = xcit.Variant(64, 2, 2, 1.0, False)
-    for module in (xcit, config):
+    variants.VARIANTS["xcit_shallow"] = variants.Variant(64, 2, 2, 1.0, False)
+    for module in (xcit, variants):
         module.ARCHITECTURES = (*module.ARCHITECTURES, "xcit_shallow_p16")
 
 
@@ -112,4 +115,4 @@ if __name__ == "__main__":
         raise_at(int(os.environ["RAISE_AT_STEP"]))
     if "HOLD_EVALUATION" in os.environ:
         hold_evaluation()
-    run_command(TrainConfig, "ssl_xcit.train:train")
+    run_command(TrainConfig, "ssl_xcit.dino.train:train")

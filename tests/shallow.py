@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from ssl_xcit.weights import expected_tensors
-from ssl_xcit.xcit import VARIANTS
+from ssl_xcit.checkpoints.weights import expected_tensors
+from ssl_xcit.models.variants import VARIANTS
 
 PROGRAM = __file__
 either_depth = pytest.mark.parametrize("depth", [2, pytest.param(12, marks=pytest.mark.long)])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ssl_xcit.augment import (
+from ssl_xcit.data.views import (
     EvalView,
     View,
     dino_views,
@@ -10,7 +10,7 @@ from ssl_xcit.augment import (
     supervised_views,
     three_augment_views,
 )
-from ssl_xcit.errors import UserError
+from ssl_xcit.runtime.errors import UserError
 
 
 def test_dino_views_are_those_of_the_official_code():

@@ -21,29 +21,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ssl_xcit import beton as beton_module
-from ssl_xcit import images
-from ssl_xcit.beton import (
-    FIELD,
-    HEADER,
-    PAGE,
-    REFERENCE,
-    TABLE,
-    Beton,
-    describe,
-    main,
-    place,
-    verify_beton,
-    write_beton,
-)
-from ssl_xcit.errors import UserError
-from ssl_xcit.images import EXTRANEOUS, JPG, KEPT, RAW
+from ssl_xcit.data import images
+from ssl_xcit.data import writer as writer_module
+from ssl_xcit.data.beton import FIELD, HEADER, PAGE, REFERENCE, TABLE, Beton
+from ssl_xcit.data.command import describe, main, verify_beton
+from ssl_xcit.data.images import EXTRANEOUS, JPG, KEPT, RAW
+from ssl_xcit.data.writer import place, write_beton
+from ssl_xcit.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 IMAGENET_SAMPLE = ROOT.parent / "shared" / "data" / "imagenet_sample" / "train"
 PHOTOS = Path(sklearn.datasets.__file__).parent / "images"
 CHINA, FLOWER = (PHOTOS / f"{name}.jpg" for name in ("china", "flower"))  # both 640 x 427
-COMMAND = [sys.executable, "-m", "ssl_xcit.beton"]
+COMMAND = [sys.executable, "-m", "ssl_xcit", "data"]
 
 ORACLE = """
 import sys
@@ -536,7 +526,7 @@ def large_index(tmp_path_factory):
     path = tmp_path_factory.mktemp("large") / "large.beton"
     count, size, per_page = 1_300_000, 110_000, PAGE // 110_000
     with open(path, "w+b") as file:
-        writer = beton_module._BetonWriter(file, count, with_labels=True)
+        writer = writer_module._BetonWriter(file, count, with_labels=True)
         i = np.arange(count)
         start = writer.position + i // per_page * PAGE + i % per_page * size
         image = writer.samples["image"]
@@ -824,8 +814,8 @@ def test_mistakes_are_one_line_and_status_2(small, tmp_path, capsys):
 
 def test_help_imports_neither_torch_nor_torchvision_nor_ffcv():
     code = (
-        "import sys; from ssl_xcit import beton\n"
-        "try: beton.main(['write', '--help'])\n"
+        "import sys; from ssl_xcit.data import command\n"
+        "try: command.main(['write', '--help'])\n"
         "except SystemExit: pass\n"
         "print([m for m in ('torch', 'torchvision', 'ffcv', 'numba') if m in sys.modules])"
     )

@@ -19,21 +19,20 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ssl_xcit import xcit
-from ssl_xcit.checkpoint import (
-    load_checkpoint,
-    load_latest,
+from ssl_xcit.checkpoints.folder import load_checkpoint, load_latest, save_checkpoint
+from ssl_xcit.checkpoints.formats import to_mmpretrain, to_timm
+from ssl_xcit.checkpoints.read import (
     read_backbone,
     read_dino_model,
     read_linear_weights,
     read_weights,
-    save_checkpoint,
 )
-from ssl_xcit.dino import DINOHead
-from ssl_xcit.errors import UserError
-from ssl_xcit.formats import to_mmpretrain, to_timm
-from ssl_xcit.weights import build_model, check_tensors, infer_arch
-from ssl_xcit.xcit import VARIANTS, Variant, build_xcit
+from ssl_xcit.checkpoints.weights import build_model, check_tensors, infer_arch
+from ssl_xcit.dino.head import DINOHead
+from ssl_xcit.models import xcit
+from ssl_xcit.models.variants import VARIANTS, Variant
+from ssl_xcit.models.xcit import build_xcit
+from ssl_xcit.runtime.errors import UserError
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SHARED = Path(__file__).parents[2] / "shared" / "fixtures"
@@ -156,7 +155,7 @@ def test_kill_9_while_saving_never_costs_a_complete_checkpoint(tmp_path):
     program = textwrap.dedent("""
         import sys, torch
         from pathlib import Path
-        from ssl_xcit.checkpoint import save_checkpoint
+        from ssl_xcit.checkpoints.folder import save_checkpoint
         step = int(sys.argv[2])
         while True:
             step += 1

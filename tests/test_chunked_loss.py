@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from test_dino import naive_loss
 
-from ssl_xcit.chunked_loss import Temperatures, chunked_loss
-from ssl_xcit.dino import DINOLoss
-from ssl_xcit.prototypes import WeightNormLinear
-from ssl_xcit.training_memory import LiveBytes
+from ssl_xcit.dino.loss import DINOLoss
+from ssl_xcit.dino.memory import LiveBytes
+from ssl_xcit.operators.chunked_loss import Temperatures, chunked_loss
+from ssl_xcit.operators.prototypes import WeightNormLinear
 
 N, D, K = 3, 5, 17
 TEMPERATURES = Temperatures(0.1, 0.05)

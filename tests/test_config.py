@@ -12,21 +12,21 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssl_xcit import config, options
-from ssl_xcit.config import (
-    ARCHITECTURES,
+from ssl_xcit.dino.config import TrainConfig
+from ssl_xcit.evaluation.config import KnnConfig
+from ssl_xcit.models.variants import ARCHITECTURES
+from ssl_xcit.runtime import config, options
+from ssl_xcit.runtime.command import run_command
+from ssl_xcit.runtime.config import (
     CONFIGS,
     RUN_KEYS_THAT_MAY_CHANGE,
-    SubmitConfig,
-    TrainConfig,
     config_differences,
     load_config,
     read_config,
-    run_command,
     save_config,
 )
-from ssl_xcit.errors import UserError
-from ssl_xcit.eval_config import KnnConfig
+from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.slurm.config import SubmitConfig
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ("pretrain/{arch}.yaml",)
@@ -102,7 +102,7 @@ def test_configurations_are_frozen():
 
 
 def test_architectures_are_those_of_the_model():
-    from ssl_xcit import xcit
+    from ssl_xcit.models import xcit
 
     assert set(ARCHITECTURES) == set(xcit.ARCHITECTURES)
 
@@ -822,7 +822,13 @@ def test_help_is_quick_and_imports_no_torch_from_any_folder(script, tmp_path):
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "jsonargparse" in imported
-    assert not imported & {"torch", "numpy", "submitit", "ssl_xcit.train", "ssl_xcit.knn"}
+    assert not imported & {
+        "torch",
+        "numpy",
+        "submitit",
+        "ssl_xcit.dino.train",
+        "ssl_xcit.evaluation.knn",
+    }
     assert re.search(rf"usage: {Path(script).name} \[?--", done.stdout)
 
 

@@ -17,14 +17,15 @@ import shallow
 import torch
 from safetensors.torch import load_file, save_file
 
-from ssl_xcit import convert as convert_module
-from ssl_xcit import xcit
-from ssl_xcit.checkpoint import save_checkpoint
-from ssl_xcit.convert import convert, describe, layout, main
-from ssl_xcit.errors import UserError
-from ssl_xcit.formats import to_timm, unwrap
-from ssl_xcit.weights import identify, read_file
-from ssl_xcit.xcit import ARCHITECTURES, VARIANTS, Variant, build_xcit
+from ssl_xcit.checkpoints import convert as convert_module
+from ssl_xcit.checkpoints.convert import convert, describe, layout, main
+from ssl_xcit.checkpoints.folder import save_checkpoint
+from ssl_xcit.checkpoints.formats import to_timm, unwrap
+from ssl_xcit.checkpoints.weights import identify, read_file
+from ssl_xcit.models import xcit
+from ssl_xcit.models.variants import ARCHITECTURES, VARIANTS, Variant
+from ssl_xcit.models.xcit import build_xcit
+from ssl_xcit.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -238,8 +239,8 @@ SIZES = ((1, 3, 64, 64), (5, 3, 40, 104), (2, 3, 224, 224))
 each_export = pytest.mark.parametrize("to", EXPORTS)
 SHALLOW = """
 import sys
-from ssl_xcit.convert import main
-from ssl_xcit.xcit import VARIANTS
+from ssl_xcit.checkpoints.convert import main
+from ssl_xcit.models.variants import VARIANTS
 
 VARIANTS["xcit_nano_12"] = VARIANTS["xcit_nano_12"]._replace(depth=1)
 folder = sys.argv[1]
@@ -309,7 +310,7 @@ def test_an_export_gives_timms_logits_at_any_size_and_number_of_images(to, expor
 def test_the_command_exports_a_whole_network_without_a_word_too_many(to, tmp_path):
     skip_without_packages(to)
     words = ["convert", str(tmp_path / "start.pth"), str(tmp_path / EXPORTS[to]), "--to", to]
-    export(tmp_path, 12, [to], subprocess.run, "-m", "ssl_xcit.checkpoint", *words)
+    export(tmp_path, 12, [to], subprocess.run, "-m", "ssl_xcit", "checkpoint", *words)
     compare_with_timm(to, tmp_path, 12)
 
 

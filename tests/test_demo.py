@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from ssl_xcit import demo
-from ssl_xcit.errors import UserError
+from ssl_xcit.runtime.errors import UserError
 
 DATASET = Path("/usr/share/datasets/fashion-mnist")
 

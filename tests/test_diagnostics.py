@@ -8,14 +8,17 @@ import pytest
 import torch
 from test_train import assert_same, config, scientific, weights
 
-from ssl_xcit import distributed, engine, train, xcit
-from ssl_xcit.diagnostics import batch_means, health, means_size, rankme
-from ssl_xcit.dino import DINOLoss
-from ssl_xcit.guard import BatchStatistics
-from ssl_xcit.metrics import read_metrics
-from ssl_xcit.probe import some_images
-from ssl_xcit.task import StepLoss
-from ssl_xcit.train import Pretraining
+from ssl_xcit.dino import train
+from ssl_xcit.dino.health import batch_means, health, means_size, rankme
+from ssl_xcit.dino.loss import DINOLoss
+from ssl_xcit.dino.probe import some_images
+from ssl_xcit.dino.train import Pretraining
+from ssl_xcit.models import xcit
+from ssl_xcit.runtime import distributed
+from ssl_xcit.training import engine
+from ssl_xcit.training.guard import BatchStatistics
+from ssl_xcit.training.metrics import read_metrics
+from ssl_xcit.training.task import StepLoss
 
 N, VIEWS, K, D = 3, 4, 7, 5
 STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.07

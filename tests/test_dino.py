@@ -8,14 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_xcit.dino import (
-    DINOHead,
-    DINOLoss,
-    MultiCropWrapper,
-    teacher_probs,
-    update_teacher,
-)
-from ssl_xcit.xcit import XCiT
+from ssl_xcit.dino.head import DINOHead
+from ssl_xcit.dino.loss import DINOLoss, teacher_probs
+from ssl_xcit.dino.networks import MultiCropWrapper
+from ssl_xcit.dino.teacher import update_teacher
+from ssl_xcit.models.xcit import XCiT
 
 # -- head ----------------------------------------------------------------------------------------
 

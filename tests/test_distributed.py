@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_xcit import distributed
-from ssl_xcit.dino import DINOLoss
-from ssl_xcit.errors import UserError
+from ssl_xcit.dino.loss import DINOLoss
+from ssl_xcit.runtime import distributed
+from ssl_xcit.runtime.errors import UserError
 
 K = 33
 
@@ -295,7 +295,7 @@ def test_a_stale_rank_of_an_earlier_attempt_cannot_join(alone):
     }
     ours |= {"SLURM_STEP_NODELIST": "localhost", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
     stale = ours | {"SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
-    program = "from ssl_xcit import distributed; distributed.setup('cpu', timeout_s=60)"
+    program = "from ssl_xcit.runtime import distributed; distributed.setup('cpu', timeout_s=60)"
     process = forked.Popen(
         [sys.executable, "-c", program], env=os.environ | stale, stderr=subprocess.DEVNULL
     )

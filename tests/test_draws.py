@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssl_xcit.draws import mix64, stream, uniform
+from ssl_xcit.runtime.draws import mix64, stream, uniform
 
 WORD = (1 << 64) - 1
 uint64 = st.integers(0, WORD)

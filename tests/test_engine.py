@@ -7,16 +7,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ssl_xcit import checkpoint, distributed, train
-from ssl_xcit.augment import View
-from ssl_xcit.config import TrainConfig, load_config
-from ssl_xcit.engine import run_task
-from ssl_xcit.errors import UserError
-from ssl_xcit.finetune_config import FinetuneConfig
-from ssl_xcit.loader import MultiCropLoader
-from ssl_xcit.metrics import RunningMeans, read_metrics
-from ssl_xcit.optim import build_optimizer, parameter_groups
-from ssl_xcit.task import StepLoss, Task
+from ssl_xcit.checkpoints import folder as checkpoint
+from ssl_xcit.data.loader import MultiCropLoader
+from ssl_xcit.data.views import View
+from ssl_xcit.dino import train
+from ssl_xcit.dino.config import TrainConfig
+from ssl_xcit.finetune.config import FinetuneConfig
+from ssl_xcit.runtime import distributed
+from ssl_xcit.runtime.config import load_config
+from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.training.engine import run_task
+from ssl_xcit.training.metrics import RunningMeans, read_metrics
+from ssl_xcit.training.optim import build_optimizer, parameter_groups
+from ssl_xcit.training.task import StepLoss, Task
 
 
 class Brightness(Task):

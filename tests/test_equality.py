@@ -18,7 +18,7 @@ from dump_ranks import digest
 from shallow import PROGRAM
 from torch import Tensor
 
-from ssl_xcit import checkpoint
+from ssl_xcit.checkpoints import folder as checkpoint
 
 TESTS = Path(__file__).parent
 SETTINGS = {
@@ -80,11 +80,13 @@ import json, sys, torch
 torch.set_num_threads(1)
 from dump_ranks import digest
 from shallow import networks
-from ssl_xcit import distributed, engine
-from ssl_xcit.config import TrainConfig, load_config
-from ssl_xcit.guard import BatchStatistics
-from ssl_xcit.task import Task
-from ssl_xcit.train import Pretraining
+from ssl_xcit.runtime import distributed
+from ssl_xcit.training import engine
+from ssl_xcit.dino.config import TrainConfig
+from ssl_xcit.runtime.config import load_config
+from ssl_xcit.training.guard import BatchStatistics
+from ssl_xcit.training.task import Task
+from ssl_xcit.dino.train import Pretraining
 
 on_device = Task.on_device
 Task.on_device = lambda *arguments: on_device(*arguments).to(torch.get_default_dtype())

@@ -12,18 +12,19 @@ from conftest import photo_tiles
 from PIL import Image
 from torchvision import transforms as T
 
-from ssl_xcit.augment import EvalView
-from ssl_xcit.beton import Beton, write_beton
-from ssl_xcit.distributed import Distributed
-from ssl_xcit.errors import UserError
-from ssl_xcit.evaluation_data import (
+from ssl_xcit.data.beton import Beton
+from ssl_xcit.data.datasets import (
     FolderLoader,
     ImageFolder,
     check_channels,
     evaluation_loader,
     open_images,
 )
-from ssl_xcit.loader import EvalLoader
+from ssl_xcit.data.loader import EvalLoader
+from ssl_xcit.data.views import EvalView
+from ssl_xcit.data.writer import write_beton
+from ssl_xcit.runtime.distributed import Distributed
+from ssl_xcit.runtime.errors import UserError
 
 BICUBIC, BILINEAR = T.InterpolationMode.BICUBIC, T.InterpolationMode.BILINEAR
 VIEWS = {

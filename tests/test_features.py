@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_xcit.errors import UserError
-from ssl_xcit.features import FEATURES, extract_features, extract_pixels, normalise
-from ssl_xcit.xcit import XCiT
+from ssl_xcit.data.pixels import normalise
+from ssl_xcit.evaluation.features import FEATURES, extract_features, extract_pixels
+from ssl_xcit.models.xcit import XCiT
+from ssl_xcit.runtime.errors import UserError
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -240,8 +241,8 @@ TWO_RANKS = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
 from test_features import CPU, FEATURES, Backbone, Loader, make_loader
-from ssl_xcit import distributed
-from ssl_xcit.features import extract_features
+from ssl_xcit.runtime import distributed
+from ssl_xcit.evaluation.features import extract_features
 
 torch.set_num_threads(1)
 ranks = distributed.setup("cpu")

@@ -20,20 +20,23 @@ from timm.data.mixup import mixup_target
 from torchvision import models
 from torchvision.transforms import v2
 
-from ssl_xcit import checkpoint, distributed, draws, engine
-from ssl_xcit.checkpoint import read_weights
-from ssl_xcit.config import CONFIGS, load_config
-from ssl_xcit.distillation import distillation_loss, load_teacher
-from ssl_xcit.errors import UserError
-from ssl_xcit.finetune import Finetuning, finetune
-from ssl_xcit.finetune_config import FinetuneConfig
-from ssl_xcit.guard import BatchStatistics
-from ssl_xcit.loader import IMAGENET_MEAN, IMAGENET_STD, EvalLoader
-from ssl_xcit.metrics import read_metrics
-from ssl_xcit.mixing import Mixing
-from ssl_xcit.tensor_augment import RandAugment, random_erase
-from ssl_xcit.weight_average import WeightAverage
-from ssl_xcit.xcit import build_xcit
+from ssl_xcit.checkpoints import folder as checkpoint
+from ssl_xcit.checkpoints.read import read_weights
+from ssl_xcit.data.loader import EvalLoader
+from ssl_xcit.data.pixels import IMAGENET_MEAN, IMAGENET_STD
+from ssl_xcit.finetune.augment import RandAugment, random_erase
+from ssl_xcit.finetune.average import WeightAverage
+from ssl_xcit.finetune.config import FinetuneConfig
+from ssl_xcit.finetune.distillation import distillation_loss, load_teacher
+from ssl_xcit.finetune.mixing import Mixing
+from ssl_xcit.finetune.train import Finetuning, finetune
+from ssl_xcit.models.xcit import build_xcit
+from ssl_xcit.runtime import distributed, draws
+from ssl_xcit.runtime.config import CONFIGS, load_config
+from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.training import engine
+from ssl_xcit.training.guard import BatchStatistics
+from ssl_xcit.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = str(ROOT / "eval" / "finetune.py")

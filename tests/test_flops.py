@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssl_xcit.flops import Operations, count_operations, count_parameters, first_convolution
-from ssl_xcit.xcit import ARCHITECTURES, XCiT, build_xcit
+from ssl_xcit.models.flops import Operations, count_operations, count_parameters, first_convolution
+from ssl_xcit.models.variants import ARCHITECTURES
+from ssl_xcit.models.xcit import XCiT, build_xcit
 
 SEED_MODELS = Path(__file__).parents[2] / "shared" / "fixtures" / "seed_models.json"
 ONE_OF_EACH_KIND = ("xcit_nano_12_p16", "xcit_tiny_12_p8")  # of norm, and of patch size

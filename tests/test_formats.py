@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssl_xcit.errors import UserError
-from ssl_xcit.formats import (
+from ssl_xcit.checkpoints.formats import (
     CLASSIFIER,
     Contents,
     choose,
@@ -20,7 +19,8 @@ from ssl_xcit.formats import (
     to_timm,
     unwrap,
 )
-from ssl_xcit.xcit import ARCHITECTURES
+from ssl_xcit.models.variants import ARCHITECTURES
+from ssl_xcit.runtime.errors import UserError
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SHARED = Path(__file__).parents[2] / "shared" / "fixtures"

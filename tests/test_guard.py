@@ -7,10 +7,11 @@ import torch
 from shallow import networks
 from test_train import config
 
-from ssl_xcit import distributed, engine
-from ssl_xcit.guard import BatchStatistics, HostCopy
-from ssl_xcit.task import StepLoss
-from ssl_xcit.train import Pretraining
+from ssl_xcit.dino.train import Pretraining
+from ssl_xcit.runtime import distributed
+from ssl_xcit.training import engine
+from ssl_xcit.training.guard import BatchStatistics, HostCopy
+from ssl_xcit.training.task import StepLoss
 
 
 @pytest.fixture(autouse=True)

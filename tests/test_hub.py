@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssl_xcit.errors import UserError
-from ssl_xcit.formats import to_mmpretrain, to_timm
-from ssl_xcit.xcit import ARCHITECTURES, XCiT, build_xcit
+from ssl_xcit.checkpoints.formats import to_mmpretrain, to_timm
+from ssl_xcit.models.variants import ARCHITECTURES
+from ssl_xcit.models.xcit import XCiT, build_xcit
+from ssl_xcit.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 

@@ -15,9 +15,8 @@ import sklearn.datasets
 import torchvision
 from PIL import Image, ImageOps
 
-from ssl_xcit import images
-from ssl_xcit.errors import UserError
-from ssl_xcit.images import (
+from ssl_xcit.data import images
+from ssl_xcit.data.images import (
     ENCODED,
     EXTRANEOUS,
     JPG,
@@ -30,9 +29,10 @@ from ssl_xcit.images import (
     jpeg_problem,
     open_source,
 )
+from ssl_xcit.runtime.errors import UserError
 
 PHOTOS = Path(sklearn.datasets.__file__).parent / "images"
-OK, DAMAGED, CORRUPT, TRUNCATED = range(4)  # as in ssl_xcit.kernels
+OK, DAMAGED, CORRUPT, TRUNCATED = range(4)  # as in ssl_xcit.data.kernels
 CHINA = (PHOTOS / "china.jpg").read_bytes()  # 640 x 427, baseline, 4:2:0
 RNG = np.random.default_rng(0)
 
@@ -236,7 +236,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ssl_xcit import images, kernels
+from ssl_xcit.data import images, kernels
 
 work = kernels.make_scratch(np.zeros(0, kernels.VIEW), 3, 427 * 640, 427, 640)
 handle = images._turbojpeg().tjInitDecompress()

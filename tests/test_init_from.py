@@ -13,10 +13,11 @@ import shallow
 import torch
 from test_train import config, flags
 
-from ssl_xcit import distributed, train
-from ssl_xcit.checkpoint import load_latest, save_checkpoint
-from ssl_xcit.errors import UserError
-from ssl_xcit.train import Pretraining
+from ssl_xcit.checkpoints.folder import load_latest, save_checkpoint
+from ssl_xcit.dino import train
+from ssl_xcit.dino.train import Pretraining
+from ssl_xcit.runtime import distributed
+from ssl_xcit.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -167,7 +168,7 @@ PICKLES = {
     "eval/finetune.py": ["--init", "{evil}"],
     "eval/finetune.py --teacher": ["--from_scratch", "--distill", "soft", "--teacher", "{evil}"],
     "eval/supervised.py": ["--checkpoint", "{evil}", "--resolution", "224"],
-    "-m ssl_xcit.checkpoint info": ["{evil}"],
+    "-m ssl_xcit checkpoint info": ["{evil}"],
 }
 
 

@@ -16,9 +16,10 @@ from sklearn.datasets import load_sample_image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, RandomResizedCrop, Resize
 from torchvision.transforms import functional as F
 
-from ssl_xcit import draws, kernels
-from ssl_xcit.augment import EvalView, View, dino_views, three_augment_views
-from ssl_xcit.loader import view_table
+from ssl_xcit.data import kernels
+from ssl_xcit.data.batches import view_table
+from ssl_xcit.data.views import EvalView, View, dino_views, three_augment_views
+from ssl_xcit.runtime import draws
 
 PHOTO = load_sample_image("china.jpg")  # (427, 640, 3)
 SAMPLE = Path(__file__).parents[2] / "shared" / "data" / "imagenet_sample" / "train"
@@ -501,7 +502,7 @@ def test_superfluous_bytes_are_noted_and_the_picture_is_kept():
 
 COLD = """
 import numpy as np
-from ssl_xcit import kernels
+from ssl_xcit.data import kernels
 import sys
 z = kernels.mix64(np.uint64(1))
 print(int(z), kernels.CACHE, "ffcv" in sys.modules)
@@ -511,11 +512,13 @@ print(int(z), kernels.CACHE, "ffcv" in sys.modules)
 @pytest.mark.parametrize("user_cache", [True, False])
 def test_a_read_only_installation_works_with_and_without_a_cache_folder(tmp_path, user_cache):
     package = tmp_path / "install" / "ssl_xcit"
-    package.mkdir(parents=True)
-    for name in ("__init__.py", "errors.py", "kernels.py"):
-        (package / name).write_bytes((Path(kernels.__file__).parent / name).read_bytes())
+    (package / "data").mkdir(parents=True)
+    (package / "runtime").mkdir()
+    for name in ("__init__", "runtime/__init__", "runtime/errors", "data/__init__", "data/kernels"):
+        source = Path(kernels.__file__).parents[1] / f"{name}.py"
+        (package / f"{name}.py").write_bytes(source.read_bytes())
     # A file where the folder should be keeps even root from writing there
-    (package / "__pycache__").touch()
+    (package / "data/__pycache__").touch()
     cache = tmp_path / "cache"
     if not user_cache:
         cache.touch()

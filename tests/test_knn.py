@@ -19,26 +19,30 @@ from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ssl_xcit import knn, knn_evaluation, precision
-from ssl_xcit.augment import EvalView
-from ssl_xcit.beton import Beton, write_beton
-from ssl_xcit.checkpoint import save_checkpoint
-from ssl_xcit.config import Crops, TrainConfig, save_config
-from ssl_xcit.errors import UserError
-from ssl_xcit.eval_config import KnnConfig
-from ssl_xcit.evaluation_data import check_datasets
-from ssl_xcit.feature_cache import fingerprint, load_features
-from ssl_xcit.knn import (
+from ssl_xcit.checkpoints.folder import save_checkpoint
+from ssl_xcit.data.beton import Beton
+from ssl_xcit.data.datasets import check_datasets
+from ssl_xcit.data.loader import EvalLoader
+from ssl_xcit.data.views import EvalView
+from ssl_xcit.data.writer import write_beton
+from ssl_xcit.dino.config import Crops, TrainConfig
+from ssl_xcit.dino.probe import knn_probe
+from ssl_xcit.evaluation import knn, knn_evaluation
+from ssl_xcit.evaluation.cache import fingerprint, load_features
+from ssl_xcit.evaluation.config import KnnConfig
+from ssl_xcit.evaluation.knn import (
     cosine_top_k,
     find_neighbours,
     knn_accuracy,
     knn_predictions,
     weighted_vote,
 )
-from ssl_xcit.knn_evaluation import evaluate_knn
-from ssl_xcit.loader import EvalLoader
-from ssl_xcit.probe import knn_probe
-from ssl_xcit.xcit import VARIANTS, build_xcit
+from ssl_xcit.evaluation.knn_evaluation import evaluate_knn
+from ssl_xcit.models.variants import VARIANTS
+from ssl_xcit.models.xcit import build_xcit
+from ssl_xcit.runtime import precision
+from ssl_xcit.runtime.config import save_config
+from ssl_xcit.runtime.errors import UserError
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
@@ -610,9 +614,9 @@ def test_folders_of_images_give_the_result_of_the_files_written_from_them(betons
 
 SMALL_PARTS = """
 import time
-from ssl_xcit import feature_cache
-from ssl_xcit.config import run_command
-from ssl_xcit.eval_config import KnnConfig
+from ssl_xcit.evaluation import cache as feature_cache
+from ssl_xcit.runtime.command import run_command
+from ssl_xcit.evaluation.config import KnnConfig
 
 def slowly(*arguments, extract=feature_cache.extract_features, **options):
     time.sleep(0.05)  # or the last part might be there before a kill comes
@@ -620,7 +624,7 @@ def slowly(*arguments, extract=feature_cache.extract_features, **options):
 
 feature_cache.PART = 8
 feature_cache.extract_features = slowly
-run_command(KnnConfig, "ssl_xcit.knn_evaluation:evaluate_knn")
+run_command(KnnConfig, "ssl_xcit.evaluation.knn_evaluation:evaluate_knn")
 """
 
 

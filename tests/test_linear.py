@@ -22,19 +22,22 @@ from sklearn.linear_model import LogisticRegression as ScikitLearn
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from ssl_xcit import linear, precision
-from ssl_xcit.augment import EvalView, supervised_views
-from ssl_xcit.beton import Beton, write_beton
-from ssl_xcit.checkpoint import save_checkpoint
-from ssl_xcit.classifier import Classifier, load_classifier, save_classifier
-from ssl_xcit.config import Crops, TrainConfig, save_config
-from ssl_xcit.errors import UserError
-from ssl_xcit.eval_config import LinearConfig
-from ssl_xcit.linear import LinearGrid, LogisticRegression, ranked_classes, split
-from ssl_xcit.linear_evaluation import evaluate_linear
-from ssl_xcit.linear_protocols import select
-from ssl_xcit.loader import EvalLoader, MultiCropLoader
-from ssl_xcit.xcit import build_xcit
+from ssl_xcit.checkpoints.folder import save_checkpoint
+from ssl_xcit.data.beton import Beton
+from ssl_xcit.data.loader import EvalLoader, MultiCropLoader
+from ssl_xcit.data.views import EvalView, supervised_views
+from ssl_xcit.data.writer import write_beton
+from ssl_xcit.dino.config import Crops, TrainConfig
+from ssl_xcit.evaluation import linear
+from ssl_xcit.evaluation.classifier import Classifier, load_classifier, save_classifier
+from ssl_xcit.evaluation.config import LinearConfig
+from ssl_xcit.evaluation.linear import LinearGrid, LogisticRegression, ranked_classes, split
+from ssl_xcit.evaluation.linear_evaluation import evaluate_linear
+from ssl_xcit.evaluation.linear_protocols import select
+from ssl_xcit.models.xcit import build_xcit
+from ssl_xcit.runtime import precision
+from ssl_xcit.runtime.config import save_config
+from ssl_xcit.runtime.errors import UserError
 
 CPU = torch.device("cpu")
 ARCH = "xcit_nano_12_p16"

@@ -24,10 +24,12 @@ from PIL import Image, ImageFilter, ImageOps
 from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 
-from ssl_xcit.augment import EvalView, View, dino_views, supervised_views
-from ssl_xcit.beton import Beton, write_beton
-from ssl_xcit.errors import UserError
-from ssl_xcit.loader import EvalLoader, MultiCropLoader, default_threads, epoch_order
+from ssl_xcit.data.batches import default_threads
+from ssl_xcit.data.beton import Beton
+from ssl_xcit.data.loader import EvalLoader, MultiCropLoader, epoch_order
+from ssl_xcit.data.views import EvalView, View, dino_views, supervised_views
+from ssl_xcit.data.writer import write_beton
+from ssl_xcit.runtime.errors import UserError
 
 PHOTOS = Path(sklearn.datasets.__file__).parent / "images"  # china.jpg and flower.jpg, 640 x 427
 RECIPE = dino_views(
@@ -471,8 +473,8 @@ def test_torch_keeps_its_threads_and_ffcv_is_not_imported(cuttings):
     code = (
         "import sys, torch\n"
         "torch.set_num_threads(3)\n"
-        "from ssl_xcit.augment import EvalView\n"
-        "from ssl_xcit.loader import EvalLoader\n"
+        "from ssl_xcit.data.views import EvalView\n"
+        "from ssl_xcit.data.loader import EvalLoader\n"
         f"list(EvalLoader({str(cuttings)!r}, EvalView(24), 8, num_threads=2))\n"
         "print(torch.get_num_threads(), 'ffcv' in sys.modules)\n"
     )
@@ -539,7 +541,7 @@ def test_a_corrupt_image_is_replaced_counted_and_logged_once_by_its_index(
     for batch, threads in ((20, 1), (20, 2), (60, 2)):
         caplog.clear()
         loader = MultiCropLoader(path, RECIPE, batch, num_threads=threads)
-        with caplog.at_level(logging.WARNING, "ssl_xcit.loader"):
+        with caplog.at_level(logging.WARNING, "ssl_xcit.data.loader"):
             found = rows(loader)
             rows(loader)
         assert set(loader.corrupt) == {7, 8}
@@ -623,8 +625,8 @@ def test_wrong_arguments_are_refused_with_what_was_expected(cuttings):
 
 MEMORY = """
 import sys, torch
-from ssl_xcit.augment import dino_views
-from ssl_xcit.loader import MultiCropLoader
+from ssl_xcit.data.views import dino_views
+from ssl_xcit.data.loader import MultiCropLoader
 
 def anonymous():
     lines = open("/proc/self/smaps_rollup").read().splitlines()
@@ -691,8 +693,8 @@ def test_a_subset_comes_in_the_files_order_with_the_same_views_and_the_others_le
 
 RANK = """
 import sys, zlib
-from ssl_xcit.augment import dino_views
-from ssl_xcit.loader import MultiCropLoader
+from ssl_xcit.data.views import dino_views
+from ssl_xcit.data.loader import MultiCropLoader
 path, rank, start = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 views = dino_views(48, local_crops_number=2, local_crops_size=32)
 loader = MultiCropLoader(path, views, 4, seed=1, rank=rank, world_size=2, num_threads=2)

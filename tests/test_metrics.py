@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from ssl_xcit.metrics import MetricsWriter, RunningMeans, clock, read_metrics
+from ssl_xcit.training.metrics import MetricsWriter, RunningMeans, clock, read_metrics
 
 
 def test_rows_beyond_the_checkpoint_and_a_cut_line_are_dropped_on_resume(tmp_path):

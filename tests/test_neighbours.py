@@ -15,7 +15,7 @@ pytestmark = [
 
 MEASURE = """
 import time, torch
-from ssl_xcit.neighbours import Neighbours
+from ssl_xcit.runtime.neighbours import Neighbours
 
 torch.set_num_threads(2)
 neighbours = Neighbours(2)
@@ -39,7 +39,7 @@ print(*(f"{room}:{seconds:.4f}" for room, seconds in found))
 
 NOTICE = """
 import sys, threading, time, torch
-from ssl_xcit import neighbours
+from ssl_xcit.runtime import neighbours
 
 torch.set_num_threads(2)
 made = []
@@ -96,7 +96,7 @@ def test_busy_neighbours_are_noticed(busy):
 
 @pytest.mark.parametrize("variable", ["GOMP_SPINCOUNT", "OMP_WAIT_POLICY"])
 def test_a_users_own_setting_is_left_alone(variable):
-    code = "import threading\nfrom ssl_xcit import neighbours\nneighbours.watch()\n"
+    code = "import threading\nfrom ssl_xcit.runtime import neighbours\nneighbours.watch()\n"
     code += "print([t.name for t in threading.enumerate()])"
     value = {"GOMP_SPINCOUNT": "1000", "OMP_WAIT_POLICY": "passive"}[variable]
     assert "neighbours" not in " ".join(python(code, OMP_NUM_THREADS="2", **{variable: value}))

@@ -8,9 +8,11 @@ import torch
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from ssl_xcit.dino import DINOHead, MultiCropWrapper
-from ssl_xcit.errors import UserError
-from ssl_xcit.optim import (
+from ssl_xcit.dino.head import DINOHead
+from ssl_xcit.dino.networks import MultiCropWrapper
+from ssl_xcit.models.xcit import XCiT, build_xcit
+from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.training.optim import (
     LARS,
     build_optimizer,
     clip_gradients,
@@ -19,7 +21,6 @@ from ssl_xcit.optim import (
     parameter_groups,
     set_hyperparameters,
 )
-from ssl_xcit.xcit import XCiT, build_xcit
 
 
 def student(norm_last_layer=True):

@@ -14,20 +14,16 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssl_xcit import training_cost
-from ssl_xcit.config import Crops, Head, Optim, Run, TrainConfig, load_config, save_config
-from ssl_xcit.dino import DINOLoss
-from ssl_xcit.errors import UserError
-from ssl_xcit.networks import dino_network
-from ssl_xcit.plan import IMAGENET, PlanConfig
-from ssl_xcit.training_cost import describe_plan, plan_training, step_flops
-from ssl_xcit.training_memory import (
-    LiveBytes,
-    crop_groups,
-    forward_backward,
-    training_memory,
-)
-from ssl_xcit.xcit import build_xcit
+from ssl_xcit.dino import plan as training_cost
+from ssl_xcit.dino.config import IMAGENET, Crops, Head, Optim, PlanConfig, TrainConfig
+from ssl_xcit.dino.loss import DINOLoss
+from ssl_xcit.dino.memory import LiveBytes, crop_groups, forward_backward, training_memory
+from ssl_xcit.dino.networks import dino_network
+from ssl_xcit.dino.plan import describe_plan, plan_training, step_flops
+from ssl_xcit.models.xcit import build_xcit
+from ssl_xcit.runtime.config import load_config, save_config
+from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.training.config import Run
 
 SMALL = PlanConfig(
     "xcit_nano_12_p16",

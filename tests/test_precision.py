@@ -10,14 +10,17 @@ import pytest
 import torch
 from test_train import assert_same, config, weights
 
-from ssl_xcit import checkpoint, distributed, engine, precision, train
-from ssl_xcit.distributed import Distributed
-from ssl_xcit.errors import UserError
-from ssl_xcit.guard import BatchStatistics
-from ssl_xcit.job_folder import check_run_folder
-from ssl_xcit.metrics import read_metrics
-from ssl_xcit.precision import Precision, choose, product_time, quickest
-from ssl_xcit.train import Pretraining
+from ssl_xcit.checkpoints import folder as checkpoint
+from ssl_xcit.dino import train
+from ssl_xcit.dino.train import Pretraining
+from ssl_xcit.runtime import distributed, precision
+from ssl_xcit.runtime.distributed import Distributed
+from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.runtime.precision import Precision, choose, product_time, quickest
+from ssl_xcit.slurm.folder import check_run_folder
+from ssl_xcit.training import engine
+from ssl_xcit.training.guard import BatchStatistics
+from ssl_xcit.training.metrics import read_metrics
 
 CPU = Distributed(0, 1, 0, torch.device("cpu"))
 GPU = Distributed(0, 1, 0, torch.device("cuda", 0))
@@ -68,7 +71,7 @@ def test_what_is_measured_is_a_product_of_layers():
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the limit is one of x86 processors")
 def test_a_processor_without_bfloat16_takes_float32_and_warns_of_bf16_once():
     code = (
-        "from ssl_xcit import distributed, precision\n"
+        "from ssl_xcit.runtime import distributed, precision\n"
         "ranks = distributed.setup('cpu')\n"
         "print(*precision.choose('auto', ranks))\n"
         "print(precision.choose('bf16', ranks).name)\n"

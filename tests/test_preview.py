@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ssl_xcit.augment import dino_views
-from ssl_xcit.beton import Beton, main, write_beton
-from ssl_xcit.config import CONFIGS, Crops, TrainConfig, load_config, read_crops, save_config
-from ssl_xcit.errors import UserError
-from ssl_xcit.loader import MultiCropLoader
-from ssl_xcit.preview import write_preview
+from ssl_xcit.data.beton import Beton
+from ssl_xcit.data.loader import MultiCropLoader
+from ssl_xcit.data.views import dino_views
+from ssl_xcit.data.writer import write_beton
+from ssl_xcit.dino.config import Crops, TrainConfig, read_crops
+from ssl_xcit.report.preview import main, write_preview
+from ssl_xcit.runtime.config import CONFIGS, load_config, save_config
+from ssl_xcit.runtime.errors import UserError
 
-COMMAND = [sys.executable, "-m", "ssl_xcit.beton", "preview"]
+COMMAND = [sys.executable, "-m", "ssl_xcit", "data", "preview"]
 RAISED = {"global_crops_size": 72, "local_crops_size": 64, "local_crops_number": 3}  # no zoom
 TINY = {"global_crops_size": 30, "local_crops_size": 16, "local_crops_number": 3}
 
@@ -161,7 +163,7 @@ def test_views_of_a_file_are_those_of_a_training_with_it(tmp_path):
 
 def test_the_command_draws_with_a_configuration(photos, tmp_path, capsys):
     out, config = tmp_path / "views.png", CONFIGS / "demo.yaml"
-    main(["preview", str(photos), "--out", str(out), "--config", str(config), "--images", "2"])
+    main([str(photos), "--out", str(out), "--config", str(config), "--images", "2"])
     height, width, _ = pixels(out).shape
     assert capsys.readouterr().out == f"wrote {out}: views of 2 images, {width} x {height} pixels\n"
     write_preview(photos, tmp_path / "again.png", crops=read_crops(config), images=2)
@@ -193,7 +195,7 @@ def test_the_process_ends_in_one_line_and_status_2(photos, tmp_path):
     assert done.returncode == 2
     assert done.stderr == (
         f"error: {tmp_path}/no.beton: expected a .beton file, found none; "
-        "write one with `python -m ssl_xcit.beton write`\n"
+        "write one with `ssl-xcit data write`\n"
     )
 
 
@@ -204,10 +206,10 @@ def test_a_picture_that_cannot_be_written_is_one_line(photos, tmp_path, capsys):
         ("folder.png", "is a folder, expected the name of a file to write"),
     ):
         with pytest.raises(SystemExit) as stopped:
-            main(["preview", str(photos), "--out", str(tmp_path / out), "--images", "1"])
+            main([str(photos), "--out", str(tmp_path / out), "--images", "1"])
         assert stopped.value.code == 2
         assert capsys.readouterr().err == f"error: {tmp_path / out}: {reason}\n"
     with pytest.raises(SystemExit) as stopped:
-        main(["preview", str(photos), "--out", "x.png", "--config", str(tmp_path / "no.yaml")])
+        main([str(photos), "--out", "x.png", "--config", str(tmp_path / "no.yaml")])
     assert stopped.value.code == 2
     assert "cannot read the configuration" in capsys.readouterr().err

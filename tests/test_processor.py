@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ssl_xcit import loader, processor
-from ssl_xcit.processor import usable_cores
+from ssl_xcit.data import batches
+from ssl_xcit.runtime import processor
+from ssl_xcit.runtime.processor import usable_cores
 
 V1, V2 = Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup")
 
@@ -62,8 +63,8 @@ def test_without_cgroups_the_affinity_counts(tmp_path, four_cores):
 
 
 def test_the_loaders_threads_are_no_more(monkeypatch):
-    monkeypatch.setattr(loader, "usable_cores", lambda: 3)
-    assert loader.default_threads() == 3
+    monkeypatch.setattr(batches, "usable_cores", lambda: 3)
+    assert batches.default_threads() == 3
 
 
 def test_a_command_computes_with_no_more_threads_unless_the_user_says_so(monkeypatch, four_cores):
@@ -105,7 +106,7 @@ def test_a_real_quota_gives_a_real_command_that_many_threads(one_core_group):
     code = (
         "import os, pathlib, sys\n"
         "pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))\n"
-        "from ssl_xcit import processor\n"
+        "from ssl_xcit.runtime import processor\n"
         "processor.prepare()\n"
         "import torch\n"
         "print(processor.usable_cores(), torch.get_num_threads())\n"

@@ -7,8 +7,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssl_xcit import products
-from ssl_xcit.products import Linear, gelu_linear, linear
+from ssl_xcit.operators import linear as products
+from ssl_xcit.operators.linear import Linear, gelu_linear, linear
 
 
 @pytest.fixture(params=[False, True], ids=["oneDNN", "MKL"], autouse=True)

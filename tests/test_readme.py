@@ -18,19 +18,21 @@ import forked
 import pytest
 from conftest import photo_tiles
 
-from ssl_xcit import demo, options, verdict
-from ssl_xcit.config import SubmitConfig, TrainConfig
-from ssl_xcit.eval_config import KnnConfig, LinearConfig
-from ssl_xcit.finetune_config import FinetuneConfig
-from ssl_xcit.plan import PlanConfig
-from ssl_xcit.supervised_config import SupervisedConfig
-from ssl_xcit.visualize_config import VisualizeConfig
+from ssl_xcit import demo
+from ssl_xcit.__main__ import COMMANDS
+from ssl_xcit.dino import verdict
+from ssl_xcit.dino.config import PlanConfig, TrainConfig
+from ssl_xcit.evaluation.config import KnnConfig, LinearConfig, SupervisedConfig
+from ssl_xcit.finetune.config import FinetuneConfig
+from ssl_xcit.report.config import VisualizeConfig
+from ssl_xcit.runtime import options
+from ssl_xcit.slurm.config import SubmitConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
 PROGRAMS = """bash cat cd cp export git kill make mkdir mv pip python python3 rm sbatch scancel
-    scontrol sed sleep srun squeue sudo tail tensorboard torchrun wandb watch""".split()  # noqa: SIM905
+    scontrol sed sleep srun squeue ssl-xcit sudo tail tensorboard torchrun wandb watch""".split()  # noqa: SIM905
 
 # Commands that are not run here -> the file that runs them, and how it says so
 ELSEWHERE = {
@@ -66,17 +68,17 @@ ADDED = {
 }
 # How a command begins -> words that it must print
 PROMISES = {
-    "python -m ssl_xcit.beton write": ("48",),
+    "ssl-xcit data write": ("48",),
     "python main_dino.py --arch": ("verdict: ", "saved runs/a/checkpoints/step_"),
     "python eval/knn.py": ("top-1 %",),
     "python eval/linear.py": ("top-1 %",),
     "python eval/finetune.py": ("top-1",),
     "python eval/visualize.py": (".png",),
-    "python -m ssl_xcit.checkpoint convert": ("timm", "sha256"),
-    "python -m ssl_xcit.report": ("runs/a/report.html",),
-    "python -m ssl_xcit.verdict": ("verdict: ",),
-    "python -m ssl_xcit.runs": ("a_ft", "verdict", "finished"),
-    "python -m ssl_xcit.plan": ("at the peak", "GPU hours"),
+    "ssl-xcit checkpoint convert": ("timm", "sha256"),
+    "ssl-xcit report": ("runs/a/report.html",),
+    "ssl-xcit verdict": ("verdict: ",),
+    "ssl-xcit runs": ("a_ft", "verdict", "finished"),
+    "ssl-xcit plan": ("at the peak", "GPU hours"),
     "python launch/submit.py": ("#!/bin/bash", "#SBATCH --nodes=8"),
     "torchrun": ("x 2",),
     "python main_dino.py --config configs/demo.yaml": ("resuming runs/k/checkpoints/step_",),
@@ -112,6 +114,13 @@ def units(text: str) -> list[str]:
     return found
 
 
+def our_command(line: str) -> str:
+    """The command of "ssl-xcit COMMAND ..."; "" for another program."""
+    program, *words = line.split()
+    names = [" ".join(words[:count]) for count in (1, 2)] if program == "ssl-xcit" else []
+    return next((name for name in names if name in COMMANDS), "")
+
+
 HERE = [unit for unit in units(README) if unit not in ELSEWHERE]
 
 
@@ -141,6 +150,7 @@ def folder(tmp_path_factory, photos, way) -> Path:
     (folder / "bin").mkdir()
     cases = "\n".join(f'{n}) exec {sys.executable} "$@" {more};;' for n, more in ADDED.items())
     shim(folder / "bin/python", f'case "$1" in\n{cases}\nesac\nexec {sys.executable} "$@"')
+    shim(folder / "bin/ssl-xcit", f'exec {sys.executable} -m ssl_xcit "$@"')
     ranks = f"exec {sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2"
     known = 'test "$1" = --nproc-per-node && shift 2 || exit 9'
     shim(folder / "bin/torchrun", f'{known}\n{ranks} "$@" {ADDED["main_dino.py"]} --epochs 1')
@@ -165,7 +175,10 @@ def run_forked(unit: str, **options) -> subprocess.CompletedProcess:
         ranks = {name: options[name] for name in ("cwd", "env", "timeout")}
         printed = forked.run_ranks(2, [sys.executable, *words[2:], *more], **ranks)
         return subprocess.CompletedProcess(unit, 0, "".join(printed))
-    assert program == "python"
+    if program == "ssl-xcit":
+        words = ["-m", "ssl_xcit", *words]
+    else:
+        assert program == "python"
     more = shlex.split(ADDED.get(words[0], ""))
     return forked.run([sys.executable, *words, *more], **options)
 
@@ -210,9 +223,10 @@ def test_a_command_that_is_not_run_here_is_run_elsewhere(command):
 
 def test_the_readme_has_the_commands_that_it_is_about():
     words = " ".join(units(README)).split()
-    scripts = {word for word in words if word.endswith(".py") or "ssl_xcit." in word}
+    scripts = {word for word in words if word.endswith(".py")}
     assert {f"eval/{name}.py" for name in ("knn", "linear", "finetune", "visualize")} <= scripts
-    assert {"main_dino.py", "launch/submit.py", "ssl_xcit.beton", "ssl_xcit.report"} <= scripts
+    assert {"main_dino.py", "launch/submit.py"} <= scripts
+    assert {"data write", "report"} <= {our_command(unit) for unit in units(README)}
     assert any("kill -9" in unit for unit in HERE)
 
 
@@ -225,11 +239,10 @@ def test_a_block_with_a_command_holds_nothing_else(path):
 
 def test_commands_inside_of_sentences_are_about_what_exists():
     for path, text in PAGES.items():
-        for command in re.findall(r"`(python [^`]+)`", text):
-            words = command.split()
-            target = words[2] if words[1] == "-m" else words[1]
-            file = f"{target.replace('.', '/')}.py" if words[1] == "-m" else target
-            assert (ROOT / file).is_file(), f"{path.name}: {command}"
+        for command in re.findall(r"`((?:python|ssl-xcit) [^`]+)`", text):
+            program, target, *_ = command.split()
+            known = our_command(command) if program == "ssl-xcit" else (ROOT / target).is_file()
+            assert known, f"{path.name}: {command}"
 
 
 def test_the_log_looks_as_the_readme_shows_it(done):
@@ -306,7 +319,7 @@ def assert_planned(row: list[str], printed: str) -> None:
 
 def test_the_table_of_memory_and_time_is_the_plans(done):
     first, *others = plan_rows()
-    printed = next(done[unit].stdout for unit in HERE if unit.startswith("python -m ssl_xcit.plan"))
+    printed = next(done[unit].stdout for unit in HERE if unit.startswith("ssl-xcit plan"))
     assert first[:5] == ["xcit_small_12_p16", "64", "1", "bf16", ""]
     assert_planned(first, printed)
     options = {"crops in turn": "--crops_in_turn", "checkpointing": "--activation_checkpointing"}
@@ -315,7 +328,7 @@ def test_the_table_of_memory_and_time_is_the_plans(done):
         arch, batch, accumulation, precision, *_ = row
         flags = ["--arch", arch, "--batch_size_per_gpu", batch, "--precision", precision]
         flags += ["--accumulation_steps", accumulation, option, "true", "--gpus", "8"]
-        command = [sys.executable, "-m", "ssl_xcit.plan", *flags]
+        command = [sys.executable, "-m", "ssl_xcit", "plan", *flags]
         plan = forked.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
         assert_planned(row, plan)
 
@@ -350,33 +363,35 @@ CLASSES = {
     "eval/supervised.py": SupervisedConfig,
     "eval/visualize.py": VisualizeConfig,
     "launch/submit.py": SubmitConfig,
-    "ssl_xcit.plan": PlanConfig,
+    "plan": PlanConfig,
 }
 
 
 def settings(target: str) -> set[str]:
-    """The options of a script or module, spelled with _."""
+    """The options of a script, a command or a module, spelled with _."""
     common = {"help", "config"}
     if target in CLASSES:
         names = options.leaves(CLASSES[target])
         return common | set(names) | {name.rpartition(".")[2] for name in names}
-    if target == "ssl_xcit.checkpoint":
-        target = "ssl_xcit.convert"
-    file = ROOT / (target if target.endswith(".py") else f"{target.replace('.', '/')}.py")
+    file = ROOT / (target if target.endswith(".py") else f"ssl_xcit/{target}.py")
     found = re.findall(r'add_argument\(\s*"--([\w-]+)"', file.read_text())
     return common | {name.replace("-", "_") for name in found}
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_every_option_that_is_named_exists(path):
-    others = [f"ssl_xcit.{name}" for name in ("beton", "checkpoint", "demo", "report")]
+    others = {command.function for command in COMMANDS.values() if not command.config}
+    others = {name.partition(":")[0].replace(".", "/") for name in others} - {"slurm/command"}
     everywhere = set().union(*map(settings, (*CLASSES, *others, "benchmarks/loader.py")))
     everywhere |= {"nproc_per_node", "nnodes", "test_only"}  # of torchrun, of sbatch
     named = re.findall(r"(?<![\w-])--([a-z][\w.-]*\w)", PAGES[path])
     assert [name for name in named if name.replace("-", "_") not in everywhere] == []
     for command in (line for block in blocks(PAGES[path]) for line in commands(block)):
         words = command.split()
-        target = next((w for w in words[1:] if w in CLASSES or w.startswith("ssl_xcit.")), None)
-        if words[0] == "python" and "eval" not in words:
+        target = next((word for word in words[1:] if word in CLASSES), "")
+        if name := our_command(command):
+            target = name if name in CLASSES else COMMANDS[name].function.partition(":")[0]
+            target = target.replace(".", "/")
+        if words[0] in ("python", "ssl-xcit") and "eval" not in words:
             given = [word[2:].replace("-", "_") for word in words if word.startswith("--")]
             assert set(given) <= settings(target), command

@@ -22,11 +22,11 @@ import forked
 import pytest
 import torch
 
-from ssl_xcit import checkpoint
-from ssl_xcit.errors import UserError
-from ssl_xcit.metrics import read_metrics
-from ssl_xcit.replay import replay
-from ssl_xcit.signals import EXIT_STOPPED
+from ssl_xcit.checkpoints import folder as checkpoint
+from ssl_xcit.report.replay import replay
+from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.runtime.signals import EXIT_STOPPED
+from ssl_xcit.training.metrics import read_metrics
 
 TESTS = Path(__file__).parent
 SOAK = os.environ.get("SOAK") == "1"
@@ -504,7 +504,7 @@ def test_a_run_that_diverges_gives_up_and_leaves_what_is_needed_to_see_it_again(
         )
     assert found.state["step"] == first
     assert len(found.state["images"][0]) == 12
-    status, text, error = finish(start([sys.executable, "-m", "ssl_xcit.replay", str(out)]))
+    status, text, error = finish(start([sys.executable, "-m", "ssl_xcit", "replay", str(out)]))
     assert status == 0, error
     assert re.search(rf"step {first}, micro-batch 0: loss nan; first output that is not", text)
     assert f"images {', '.join(map(str, found.state['images'][0]))}" in text

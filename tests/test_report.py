@@ -23,22 +23,24 @@ from sklearn.neighbors import NearestNeighbors
 from test_finetune import config as finetune_config
 from test_train import config
 
-from ssl_xcit import charts, train
-from ssl_xcit.augment import EvalView
-from ssl_xcit.beton import Beton
-from ssl_xcit.charts import Chart, Series, thinned, ticks
-from ssl_xcit.config import TrainConfig, read_config
-from ssl_xcit.errors import UserError
-from ssl_xcit.eval_config import KnnConfig
-from ssl_xcit.finetune import finetune
-from ssl_xcit.knn_evaluation import evaluate_knn
-from ssl_xcit.loader import EvalLoader
-from ssl_xcit.metrics import read_metrics
-from ssl_xcit.report import find_results, write_report
-from ssl_xcit.report_curves import curves
-from ssl_xcit.report_pictures import seen
-from ssl_xcit.subject import checkpoint_subject
-from ssl_xcit.verdict import verdict
+from ssl_xcit.data.beton import Beton
+from ssl_xcit.data.loader import EvalLoader
+from ssl_xcit.data.views import EvalView
+from ssl_xcit.dino import train
+from ssl_xcit.dino.config import TrainConfig
+from ssl_xcit.dino.verdict import verdict
+from ssl_xcit.evaluation.config import KnnConfig
+from ssl_xcit.evaluation.knn_evaluation import evaluate_knn
+from ssl_xcit.evaluation.subject import checkpoint_subject
+from ssl_xcit.finetune.train import finetune
+from ssl_xcit.report import charts
+from ssl_xcit.report.charts import Chart, Series, thinned, ticks
+from ssl_xcit.report.curves import curves
+from ssl_xcit.report.gather import find_results, write_report
+from ssl_xcit.report.pictures import seen
+from ssl_xcit.runtime.config import read_config
+from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.training.metrics import read_metrics
 
 EVIL = 'a<b>&"c'  # what a folder may be called
 
@@ -307,7 +309,7 @@ def test_a_fine_tuning_has_a_report_too(photos, tmp_path):
 
 
 def test_what_is_no_run_is_one_line_and_status_2(tmp_path):
-    command = [sys.executable, "-m", "ssl_xcit.report", str(tmp_path)]
+    command = [sys.executable, "-m", "ssl_xcit", "report", str(tmp_path)]
     done = forked.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert "is no run folder" in done.stderr

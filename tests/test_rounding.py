@@ -18,12 +18,16 @@ import torch
 from test_train import config
 from torch import Tensor, nn
 
-from ssl_xcit import distributed, xcit
-from ssl_xcit.dino import DINOHead, DINOLoss, MultiCropWrapper
-from ssl_xcit.engine import train_step
-from ssl_xcit.guard import BatchStatistics
-from ssl_xcit.train import Pretraining
-from ssl_xcit.xcit import ARCHITECTURES, XCABlock, build_xcit
+from ssl_xcit.dino.head import DINOHead
+from ssl_xcit.dino.loss import DINOLoss
+from ssl_xcit.dino.networks import MultiCropWrapper
+from ssl_xcit.dino.train import Pretraining
+from ssl_xcit.models import xcit
+from ssl_xcit.models.variants import ARCHITECTURES
+from ssl_xcit.models.xcit import XCABlock, build_xcit
+from ssl_xcit.runtime import distributed
+from ssl_xcit.training.engine import train_step
+from ssl_xcit.training.guard import BatchStatistics
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from reference_step import Network, ReferenceStep

@@ -15,10 +15,11 @@ import shallow
 from test_finetune import config as finetune_config
 from test_train import config
 
-from ssl_xcit import runs, train
-from ssl_xcit.errors import UserError
-from ssl_xcit.finetune import finetune
-from ssl_xcit.verdict import read_verdict
+from ssl_xcit.dino import train
+from ssl_xcit.dino.verdict import read_verdict
+from ssl_xcit.finetune.train import finetune
+from ssl_xcit.report import runs
+from ssl_xcit.runtime.errors import UserError
 
 
 def write(path: Path, document: dict | list[dict]) -> None:
@@ -131,11 +132,11 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path, squeue):
 def test_a_folder_without_runs_is_one_line_and_status_2(tmp_path):
     with pytest.raises(UserError, match="no run folder at or below"):
         runs.list_runs(tmp_path)
-    command = [sys.executable, "-m", "ssl_xcit.runs", str(tmp_path / "nowhere")]
+    command = [sys.executable, "-m", "ssl_xcit", "runs", str(tmp_path / "nowhere")]
     done = forked.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
 
 
 def test_the_list_needs_no_torch(tmp_path):
-    program = "import sys; import ssl_xcit.runs; assert 'torch' not in sys.modules"
+    program = "import sys; import ssl_xcit.report.runs; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)

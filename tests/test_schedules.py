@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from ssl_xcit.errors import UserError
-from ssl_xcit.schedules import cosine, last_layer_frozen, scaled_lr, teacher_temp
+from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.training.schedules import cosine, last_layer_frozen, scaled_lr, teacher_temp
 
 
 def cosine_table(base, final, total, warmup, start):

@@ -14,7 +14,7 @@ import jaxtyping
 import pytest
 import torch
 
-from ssl_xcit.dino import teacher_probs
+from ssl_xcit.dino.loss import teacher_probs
 
 ROOT = Path(__file__).parents[1]
 SETUP = ROOT / "scripts/setup.sh"

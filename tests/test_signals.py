@@ -8,7 +8,7 @@ import time
 import forked
 import pytest
 
-from ssl_xcit.signals import EXIT_STOPPED, SIGNALS, Stopped, StopSignals
+from ssl_xcit.runtime.signals import EXIT_STOPPED, SIGNALS, Stopped, StopSignals
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -50,7 +50,7 @@ def test_in_another_thread_signals_are_left_alone():
 
 def test_a_process_interrupted_in_a_computation_exits_with_the_documented_status():
     code = (
-        "from ssl_xcit.signals import StopSignals\n"
+        "from ssl_xcit.runtime.signals import StopSignals\n"
         "with StopSignals():\n"
         "    print('ready', flush=True)\n"
         "    while True:\n"

@@ -11,10 +11,10 @@ import pytest
 from test_diagnostics import set_depth
 from test_train import ROOT, config, flags
 
-from ssl_xcit import train
-from ssl_xcit.errors import UserError
-from ssl_xcit.metrics import read_metrics
-from ssl_xcit.sinks import open_sinks
+from ssl_xcit.dino import train
+from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.training.metrics import read_metrics
+from ssl_xcit.training.sinks import open_sinks
 
 FAKE = """
 import json, pathlib

@@ -17,11 +17,16 @@ import yaml
 from submitit.helpers import DelayedSubmission
 from test_train import flags as tiny_flags
 
-from ssl_xcit import job, job_folder, slurm, submission
-from ssl_xcit.config import SlurmConfig, SubmitConfig, TrainConfig, load_config
-from ssl_xcit.errors import UserError
-from ssl_xcit.eval_config import KnnConfig, LinearConfig
-from ssl_xcit.signals import EXIT_STOPPED, Stopped
+from ssl_xcit.dino.config import TrainConfig
+from ssl_xcit.evaluation.config import KnnConfig, LinearConfig
+from ssl_xcit.runtime.config import load_config
+from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.runtime.signals import EXIT_STOPPED, Stopped
+from ssl_xcit.slurm import evaluations as submission
+from ssl_xcit.slurm import folder as job_folder
+from ssl_xcit.slurm import job
+from ssl_xcit.slurm import submit as slurm
+from ssl_xcit.slurm.config import SlurmConfig, SubmitConfig
 
 ROOT = Path(__file__).parents[1]
 SUBMIT = ROOT / "launch/submit.py"
@@ -174,7 +179,7 @@ def test_a_job_is_submitted_with_logs_and_program_in_the_run_folder(folder, sbat
     assert done.stdout.splitlines() == [
         "job 123, run folder runs/a",
         f"follow: tail -F {logs}/123_0_log.out",
-        "all runs: python -m ssl_xcit.runs runs",
+        "all runs: ssl-xcit runs runs",
         "stop: scancel 123",
     ]
     dry = run_submit(*GIVEN, "--out", "runs/a", "--dry-run", cwd=folder).stdout
@@ -215,8 +220,8 @@ def test_the_copy_wins_over_the_installed_program_wherever_the_job_starts(tmp_pa
     job_folder.freeze(code)
     jobs = (job.ScriptJob(str(code), "", 1, "knn", ()),)
     lines = slurm.Submission("x", tmp_path, SlurmConfig(), jobs).environment()
-    command = f"{sys.executable} -m ssl_xcit.runs --help; {sys.executable} -c "
-    command += "'import ssl_xcit.config as c; print(c.__file__); print(c.CONFIGS)'"
+    command = f"{sys.executable} -m ssl_xcit runs --help; {sys.executable} -c "
+    command += "'import ssl_xcit.runtime.config as c; print(c.__file__); print(c.CONFIGS)'"
     (tmp_path / "ssl_xcit").mkdir()
     (tmp_path / "ssl_xcit/__init__.py").write_text("raise SystemExit('the wrong one')")
     for cwd in (ROOT, tmp_path):
@@ -224,7 +229,7 @@ def test_the_copy_wins_over_the_installed_program_wherever_the_job_starts(tmp_pa
             ["bash", "-ec", "\n".join([*lines, command])],
             cwd=cwd, capture_output=True, text=True, check=True,
         ).stdout  # fmt: skip
-        assert printed.endswith(f"{code}/ssl_xcit/config.py\n{code}/configs\n")
+        assert printed.endswith(f"{code}/ssl_xcit/runtime/config.py\n{code}/configs\n")
 
 
 def test_evaluations_wait_for_the_training(folder, sbatch):
@@ -243,7 +248,7 @@ def test_evaluations_wait_for_the_training(folder, sbatch):
             assert f"#SBATCH {line}\n" in script
     found = DelayedSubmission.load(folder / "runs/a/slurm/123_submitted.pkl").function
     assert (found.script, found.code) == ("linear", str(folder / "runs/a/slurm/code_1"))
-    settings = submission.read_script("linear").check(found.arguments)
+    settings = submission.find_script("linear").check(found.arguments)
     assert (settings.checkpoint, settings.out) == ("runs/a", "runs/a/eval/linear")
     assert (settings.train, settings.test) == ("t.beton", "v.beton")
 
@@ -273,7 +278,7 @@ def test_an_evaluation_of_a_run_lies_in_its_folder(folder, sbatch):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "eval").glob("*.py")), ids=lambda path: path.stem)
 def test_every_script_of_eval_can_be_submitted(path, tmp_path):
-    script = submission.read_script(path.stem)
+    script = submission.find_script(path.stem)
     helped = run_submit("eval", path.stem, "--help", cwd=tmp_path)
     assert (helped.returncode, helped.stderr) == (0, "")
     assert "--slurm.partition" in helped.stdout
@@ -548,7 +553,7 @@ def test_a_users_mistake_is_one_line_in_the_log(in_slurm, tmp_path, capsys):
 def test_a_debug_job_trains_in_this_process(folder, monkeypatch):
     seen = []
     train = SimpleNamespace(train=lambda config: seen.append((config, dict(os.environ))))
-    monkeypatch.setitem(sys.modules, "ssl_xcit.train", train)
+    monkeypatch.setitem(sys.modules, "ssl_xcit.dino.train", train)
     monkeypatch.setattr(os, "environ", os.environ.copy())
     monkeypatch.chdir(folder)
     os.environ |= {"RANK": "7", "WORLD_SIZE": "9"}  # of an outer torchrun
@@ -566,7 +571,7 @@ def test_an_error_in_a_debug_job_is_raised(folder, monkeypatch):
     def fail(config):
         raise ZeroDivisionError
 
-    monkeypatch.setitem(sys.modules, "ssl_xcit.train", SimpleNamespace(train=fail))
+    monkeypatch.setitem(sys.modules, "ssl_xcit.dino.train", SimpleNamespace(train=fail))
     monkeypatch.setattr(os, "environ", os.environ.copy())
     monkeypatch.chdir(folder)
     argv = [*GIVEN, "--out", "a", "--cluster", "debug"]

@@ -22,12 +22,13 @@ import torch
 from slurm_cluster import ENDED, WANTED, SlurmCluster, Unavailable, install
 from test_train import SMALL
 
-from ssl_xcit.augment import View
-from ssl_xcit.checkpoint import load_latest
-from ssl_xcit.config import TrainConfig, read_config
-from ssl_xcit.loader import MultiCropLoader
-from ssl_xcit.metrics import read_metrics
-from ssl_xcit.runs import list_runs
+from ssl_xcit.checkpoints.folder import load_latest
+from ssl_xcit.data.loader import MultiCropLoader
+from ssl_xcit.data.views import View
+from ssl_xcit.dino.config import TrainConfig
+from ssl_xcit.report.runs import list_runs
+from ssl_xcit.runtime.config import read_config
+from ssl_xcit.training.metrics import read_metrics
 
 # SLURM takes its time: it waits before it queues a job again, before it ends one at its limit and
 # before it calls a node lost. test_slurm.py has what a job does without it.
@@ -317,7 +318,7 @@ def test_a_sweep_is_one_array_with_a_run_folder_each(runs, cluster, submit):
 def test_a_queued_run_keeps_the_program_that_it_was_submitted_with(runs, cluster, checkout):
     run = runs["frozen"]
     assert cluster.state(run.job) == "PENDING"
-    (checkout / "ssl_xcit/train.py").write_text("raise SystemExit('edited meanwhile')\n")
+    (checkout / "ssl_xcit/dino/train.py").write_text("raise SystemExit('edited meanwhile')\n")
     (checkout / "configs/slurm.yaml").unlink()
     cluster.run("scontrol", "release", run.job)
     assert cluster.wait_for(run.job) == "COMPLETED", run.log
@@ -368,7 +369,9 @@ def test_a_folder_whose_job_has_not_ended_takes_no_second_one(cluster, submit):
 
 
 def test_plain_srun_tells_the_ranks_about_each_other(cluster, tmp_path):
-    program = "from ssl_xcit import distributed as d; r = d.setup('cpu', 60); import torch; "
+    program = (
+        "from ssl_xcit.runtime import distributed as d; r = d.setup('cpu', 60); import torch; "
+    )
     program += "print('sum', int(d.all_reduce_mean(torch.ones(1) * r.rank) * 4)); d.teardown()"
     output = cluster.run(
         "srun", "--nodes=2", "--ntasks-per-node=2", f"--{nodelist(cluster, 0, 1)}",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from test_reliability import REAL, command, finish, start
 
-from ssl_xcit import checkpoint
+from ssl_xcit.checkpoints import folder as checkpoint
 
 MINUTES = float(os.environ.get("SOAK_MINUTES", "30"))
 

@@ -24,25 +24,26 @@ from sklearn.datasets import load_sample_images
 from timm.models.xcit import checkpoint_filter_fn
 from torchvision import transforms as T
 
-from ssl_xcit import supervised
-from ssl_xcit.beton import write_beton
-from ssl_xcit.checkpoint import save_checkpoint
-from ssl_xcit.class_order import IMAGENET_WNIDS, class_order
-from ssl_xcit.config import run_command
-from ssl_xcit.distributed import Distributed
-from ssl_xcit.errors import UserError
-from ssl_xcit.evaluation_data import ImageFolder, evaluation_loader, open_images
-from ssl_xcit.formats import to_mmpretrain
-from ssl_xcit.model_zoo import by_file_name, by_hash, zoo
-from ssl_xcit.supervised import (
+from ssl_xcit.checkpoints.folder import save_checkpoint
+from ssl_xcit.checkpoints.formats import to_mmpretrain
+from ssl_xcit.checkpoints.zoo import by_file_name, by_hash, zoo
+from ssl_xcit.data.datasets import ImageFolder, evaluation_loader, open_images
+from ssl_xcit.data.writer import write_beton
+from ssl_xcit.evaluation import supervised
+from ssl_xcit.evaluation.class_order import IMAGENET_WNIDS, class_order
+from ssl_xcit.evaluation.config import SupervisedConfig
+from ssl_xcit.evaluation.supervised import (
     count_hits,
     evaluate_supervised,
     evaluation_view,
     identify,
     wilson_interval,
 )
-from ssl_xcit.supervised_config import SupervisedConfig
-from ssl_xcit.xcit import VARIANTS, build_xcit
+from ssl_xcit.models.variants import VARIANTS
+from ssl_xcit.models.xcit import build_xcit
+from ssl_xcit.runtime.command import run_command
+from ssl_xcit.runtime.distributed import Distributed
+from ssl_xcit.runtime.errors import UserError
 
 SHARED = Path(__file__).parents[2] / "shared"
 SEED_MODELS = SHARED / "fixtures" / "seed_models.json"
@@ -271,7 +272,7 @@ def test_the_list_shows_42_of_42_equal(capsys, tmp_path):
 def test_the_list_would_show_a_difference(capsys, monkeypatch):
     row = zoo()[ROW]
     table = dict(zoo()) | {ROW: dataclasses.replace(row, flops=row.flops + 1)}
-    monkeypatch.setattr("ssl_xcit.supervised_tables.zoo", lambda: table)
+    monkeypatch.setattr("ssl_xcit.evaluation.supervised_tables.zoo", lambda: table)
     assert evaluate_supervised(SupervisedConfig(list=True))["equal"] == 41
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "DIFFERENT" in line]
     assert line.startswith(ROW + " ")
@@ -458,8 +459,8 @@ def test_hits_are_counted_with_fewer_than_five_classes_and_by_the_classes_order(
 
 TWO_RANKS = """
 import sys, torch
-from ssl_xcit.supervised import evaluate_supervised
-from ssl_xcit.supervised_config import SupervisedConfig
+from ssl_xcit.evaluation.supervised import evaluate_supervised
+from ssl_xcit.evaluation.config import SupervisedConfig
 
 torch.set_num_threads(1)
 evaluate_supervised(SupervisedConfig(
@@ -576,7 +577,9 @@ def test_bad_files_of_a_folder_are_listed_and_the_others_evaluated(
     out = tmp_path / "zoo.json"
     argv = ["--all", str(zoo_folder), "--data", str(beton), "--out", str(out), "--device", "cpu"]
     with pytest.raises(SystemExit) as stop:
-        run_command(SupervisedConfig, "ssl_xcit.supervised:evaluate_supervised", argv=argv)
+        run_command(
+            SupervisedConfig, "ssl_xcit.evaluation.supervised:evaluate_supervised", argv=argv
+        )
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert "error: 2 of 4 files could not be evaluated: " in error

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_xcit.sync_batchnorm import CpuSyncBatchNorm, synchronise_batchnorm
+from ssl_xcit.operators.sync_batchnorm import CpuSyncBatchNorm, synchronise_batchnorm
 
 SPLITS = {2: [3, 5], 4: [1, 2, 2, 3]}  # images of each rank, not equally many
 
@@ -60,8 +60,8 @@ RANK = """
 import sys, torch
 import torch.distributed as dist
 from test_sync_batchnorm import SPLITS, batch, network, results
-from ssl_xcit import distributed
-from ssl_xcit.sync_batchnorm import synchronise_batchnorm
+from ssl_xcit.runtime import distributed
+from ssl_xcit.operators.sync_batchnorm import synchronise_batchnorm
 
 torch.set_num_threads(1)
 ranks = distributed.setup("cpu")

@@ -18,13 +18,17 @@ import torch.nn.functional as F
 from conftest import photo_tiles
 from shallow import PROGRAM, networks
 
-from ssl_xcit import checkpoint, distributed, engine, run_folder, train
-from ssl_xcit.beton import write_beton
-from ssl_xcit.config import TrainConfig, load_config
-from ssl_xcit.errors import UserError
-from ssl_xcit.guard import BatchStatistics
-from ssl_xcit.metrics import read_metrics
-from ssl_xcit.train import Pretraining
+from ssl_xcit.checkpoints import folder as checkpoint
+from ssl_xcit.data.writer import write_beton
+from ssl_xcit.dino import train
+from ssl_xcit.dino.config import TrainConfig
+from ssl_xcit.dino.train import Pretraining
+from ssl_xcit.runtime import distributed
+from ssl_xcit.runtime.config import load_config
+from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.training import engine, run_folder
+from ssl_xcit.training.guard import BatchStatistics
+from ssl_xcit.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 SMALL = {  # an xcit_nano_12_p16 on crops of 32 pixels, in float32: 0.2 s a step
@@ -430,8 +434,8 @@ def test_bf16_trains_in_float32_weights(photos, tmp_path):
 def test_the_commit_is_gits_word_or_what_a_frozen_copy_notes_and_missing_git_is_no_error(
     tmp_path, monkeypatch
 ):
-    frozen = tmp_path / "ssl_xcit"
-    frozen.mkdir()
+    frozen = tmp_path / "ssl_xcit/training"
+    frozen.mkdir(parents=True)
     monkeypatch.setattr(run_folder, "__file__", str(frozen / "run_folder.py"))
     assert run_folder.commit() is None
     monkeypatch.setenv("PATH", str(tmp_path))  # no git there

@@ -9,12 +9,12 @@ import pytest
 import torch
 from test_train import config
 
-from ssl_xcit import distributed
-from ssl_xcit.engine import train_step
-from ssl_xcit.guard import BatchStatistics
-from ssl_xcit.metrics import read_metrics
-from ssl_xcit.train import Pretraining, train
-from ssl_xcit.xcit import VARIANTS
+from ssl_xcit.dino.train import Pretraining, train
+from ssl_xcit.models.variants import VARIANTS
+from ssl_xcit.runtime import distributed
+from ssl_xcit.training.engine import train_step
+from ssl_xcit.training.guard import BatchStatistics
+from ssl_xcit.training.metrics import read_metrics
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from reference_step import WIDTHS, ReferenceStep

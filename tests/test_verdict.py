@@ -17,13 +17,15 @@ import torch
 from test_finetune import config as finetune_config
 from test_train import ROOT, config, flags, scientific
 
-from ssl_xcit import verdict as module
-from ssl_xcit.config import TrainConfig, load_config, read_config
-from ssl_xcit.diagnostics import rankme
-from ssl_xcit.errors import UserError
-from ssl_xcit.finetune import finetune
-from ssl_xcit.metrics import read_metrics
-from ssl_xcit.verdict import Verdict, read_verdict, recent, verdict
+from ssl_xcit.dino import verdict as module
+from ssl_xcit.dino.config import TrainConfig
+from ssl_xcit.dino.health import rankme
+from ssl_xcit.dino.verdict import read_verdict, recent, verdict
+from ssl_xcit.finetune.train import finetune
+from ssl_xcit.runtime.config import load_config, read_config
+from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.training.metrics import read_metrics
+from ssl_xcit.training.verdict import Verdict
 
 # 56 steps in which the student learns: the spread of the features grows from 0.5 to 0.6
 LEARNS = {
@@ -55,7 +57,7 @@ FAILURES = {
 # main_dino.py whose first argument is how many blocks an xcit_nano_12 has
 TRAIN = f"""
 import runpy, sys
-from ssl_xcit.xcit import VARIANTS
+from ssl_xcit.models.variants import VARIANTS
 VARIANTS["xcit_nano_12"] = VARIANTS["xcit_nano_12"]._replace(depth=int(sys.argv.pop(1)))
 runpy.run_path({str(ROOT / "main_dino.py")!r}, run_name="__main__")
 """
@@ -334,7 +336,7 @@ def test_a_resumed_run_is_judged_by_the_rows_before_too(fail, depth):
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:
-    start = [sys.executable, "-m", "ssl_xcit.verdict", *arguments]
+    start = [sys.executable, "-m", "ssl_xcit", "verdict", *arguments]
     return forked.run(start, capture_output=True, text=True, check=False)
 
 
@@ -353,7 +355,7 @@ def test_the_command_prints_one_line_and_needs_no_torch(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("verdict: uniform collapse: loss 1.000 of ln K, ")
     assert done.stdout.count("\n") == 1
-    program = "import sys; import ssl_xcit.verdict; assert 'torch' not in sys.modules"
+    program = "import sys; import ssl_xcit.dino.verdict; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 

@@ -14,14 +14,14 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from sklearn.decomposition import PCA
 
-from ssl_xcit import visualize as module
-from ssl_xcit.beton import write_beton
-from ssl_xcit.config import load_config
-from ssl_xcit.errors import UserError
-from ssl_xcit.subject import Subject, untrained_subject
-from ssl_xcit.visualize import Look, PatchColours, Picture, look, read_pictures, seen_size
-from ssl_xcit.visualize_config import VisualizeConfig
-from ssl_xcit.xcit import build_xcit
+from ssl_xcit.data.writer import write_beton
+from ssl_xcit.evaluation.subject import Subject, untrained_subject
+from ssl_xcit.models.xcit import build_xcit
+from ssl_xcit.report import visualize as module
+from ssl_xcit.report.config import VisualizeConfig
+from ssl_xcit.report.visualize import Look, PatchColours, Picture, look, read_pictures, seen_size
+from ssl_xcit.runtime.config import load_config
+from ssl_xcit.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

@@ -10,13 +10,13 @@ import forked
 import pytest
 import torch
 
-from ssl_xcit.distributed import Distributed
-from ssl_xcit.watch import Watch
+from ssl_xcit.runtime.distributed import Distributed
+from ssl_xcit.runtime.watch import Watch
 
 RANK = """
 import sys, time, torch
 import torch.distributed as dist
-from ssl_xcit import distributed, watch
+from ssl_xcit.runtime import distributed, watch
 
 watch.PATIENCE_S = 3
 ranks = distributed.setup("cpu", timeout_s=300)

@@ -23,20 +23,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssl_xcit import draws, drop_path, lpi, products, tokens, xca, xcit
-from ssl_xcit.draws import stream, uniform
-from ssl_xcit.errors import UserError
-from ssl_xcit.lpi import LPI
-from ssl_xcit.tokens import Grid
-from ssl_xcit.xca import XCA, attend
-from ssl_xcit.xcit import (
-    ARCHITECTURES,
-    ClassAttention,
-    XCABlock,
-    XCiT,
-    build_xcit,
-    fourier_features,
-)
+from ssl_xcit.models import class_attention, layers, xcit
+from ssl_xcit.models.class_attention import ClassAttention
+from ssl_xcit.models.layers import fourier_features
+from ssl_xcit.models.variants import ARCHITECTURES
+from ssl_xcit.models.xcit import XCABlock, XCiT, build_xcit
+from ssl_xcit.operators import drop_path, lpi, tokens, xca
+from ssl_xcit.operators import linear as products
+from ssl_xcit.operators.lpi import LPI
+from ssl_xcit.operators.tokens import Grid
+from ssl_xcit.operators.xca import XCA, attend
+from ssl_xcit.runtime import draws
+from ssl_xcit.runtime.draws import stream, uniform
+from ssl_xcit.runtime.errors import UserError
 
 FIXTURES = Path(__file__).parent / "fixtures"
 MICRO = {"embed_dim": 24, "depth": 2, "num_heads": 3, "eta": 1.0, "num_classes": 10}
@@ -239,8 +238,8 @@ def test_positions_are_computed_once_for_each_grid_and_used_for_that_grid_only(m
         calls.append((height, width))
         return fourier_features(height, width, device)
 
-    monkeypatch.setattr(xcit, "fourier_features", counted)
-    xcit._cached_fourier_features.cache_clear()
+    monkeypatch.setattr(layers, "fourier_features", counted)
+    layers._cached_fourier_features.cache_clear()
     model = micro().eval()
     small, wide, tall = (torch.randn(2, 3, *size) for size in ((24, 24), (32, 56), (56, 32)))
     with torch.inference_mode():
@@ -260,7 +259,7 @@ def test_positions_are_computed_once_for_each_grid_and_used_for_that_grid_only(m
 
 
 def test_positions_cached_in_inference_mode_serve_training_afterwards():
-    xcit._cached_fourier_features.cache_clear()
+    layers._cached_fourier_features.cache_clear()
     model, x = micro(), torch.randn(2, 3, 40, 48)
     with torch.inference_mode():
         model(x)
@@ -620,7 +619,8 @@ def test_synchronised_batch_norm_keeps_the_names():
 
 def plain_xcit(monkeypatch):
     """xcit and what it imports, loaded past pytest's hook: Dynamo cannot trace its checks."""
-    for module in (draws, tokens, products, xca, lpi, drop_path, xcit):
+    parts = tokens, products, xca, lpi, drop_path, layers, class_attention
+    for module in (draws, *parts, xcit):
         name = f"plain_{module.__name__.rpartition('.')[2]}"
         spec = importlib.util.spec_from_file_location(name, module.__file__)
         plain = importlib.util.module_from_spec(spec)
@@ -1010,9 +1010,9 @@ import torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
 from test_xcit import micro
 from torch.nn.parallel import DistributedDataParallel
-from ssl_xcit import distributed
-from ssl_xcit.draws import stream
-from ssl_xcit.sync_batchnorm import synchronise_batchnorm
+from ssl_xcit.runtime import distributed
+from ssl_xcit.runtime.draws import stream
+from ssl_xcit.operators.sync_batchnorm import synchronise_batchnorm
 
 ranks = distributed.setup("cpu")
 for checkpointing in (False, True):

@@ -1,0 +1,1 @@
+"""Weights in files: saved, read, recognised, converted."""

@@ -1,0 +1,354 @@
+"""Weights from every format to every other, compared after writing; and what a file holds.
+
+    ssl-xcit checkpoint convert FILE OUT --to timm
+    ssl-xcit checkpoint info FILE
+
+What is written is read again before it gets its name: all tensors must come back bit for bit (of an
+export, which has no names to compare, the logits at two resolutions must agree).
+"""
+
+import argparse
+import contextlib
+import hashlib
+import importlib.util
+import logging
+import os
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ssl_xcit.checkpoints.formats import CLASSIFIER, StateDict, to_mmpretrain, to_timm
+from ssl_xcit.checkpoints.read import read_linear_weights, read_network, read_weights
+from ssl_xcit.checkpoints.weights import Weights, build_model
+from ssl_xcit.models.xcit import build_xcit
+from ssl_xcit.runtime.errors import UserError, exit_on_user_error
+
+# Target -> the endings its file may have.
+TARGETS = {
+    "official": (".pth", ".pt"),
+    "mmpretrain": (".pth", ".pt"),
+    "timm": (".pth", ".pt", ".safetensors"),
+    "dino": (".pth", ".pt"),
+    "safetensors": (".safetensors",),
+    "onnx": (".onnx",),
+    "torchexport": (".pt2",),
+}
+EXPORTS = ("onnx", "torchexport")  # graphs: nothing reads their weights back
+
+# (images, height, width) that are compared: any number of images, not only squares.
+SHAPES = ((1, 64, 64), (3, 96, 48))
+# Another program sums in another order. Measured: a few 1e-7 of logits around 1.
+EXPORT_TOLERANCE = 1e-4
+
+
+class Converted(NamedTuple):
+    """What `convert` did."""
+
+    weights: Weights  # of the source
+    path: Path
+    tensors: int  # in the file written; 0 for an export
+    left_out: tuple[str, ...]  # names of tensors that the target has no place for
+    difference: float  # largest, between outputs before and after
+
+
+def convert(
+    source: Path | str,
+    out: Path | str,
+    to: str,
+    *,
+    role: str = "teacher",
+    arch: str = "",
+    overwrite: bool = False,
+) -> Converted:
+    """Write the network that `ssl_xcit.checkpoints.read.read_weights` finds in `source` as `to`.
+
+    `to` is one of `TARGETS`: official `{"model": ...}`; mmpretrain `{"state_dict": ...}`; timm, a
+    flat state dict, or .safetensors if `out` ends so; dino, flat without classifier ("backbone
+    only"); safetensors under the official names; onnx and torchexport, graphs for any number and
+    size of images. The file appears complete and compared with the source, or not at all.
+
+    Raises UserError for a source that cannot be read, an `out` that exists or has another ending,
+    packages that are missing, and outputs that differ.
+    """
+    out = Path(out)
+    if out.suffix not in TARGETS[to]:
+        raise UserError(f"--to {to} writes {' or '.join(TARGETS[to])}, not {out.name}")
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} exists: choose another name, or --overwrite it")
+    if to == "onnx":
+        _require("onnx", "onnxscript", "onnxruntime")
+    original = read_weights(source, role, arch)
+    left_out = tuple(key for key in CLASSIFIER if to == "dino" and key in original.state)
+    weights = Weights(
+        original.arch,
+        {key: tensor for key, tensor in original.state.items() if key not in left_out},
+        original.info | ({"num_classes": 0} if left_out else {}),
+    )
+    model = build_model(weights)
+    temporary = out.with_name(f".writing_{out.name}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if to in EXPORTS:
+            tensors = 0
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # some torch warns of what it does itself there
+                again = _write_onnx(model, temporary) if to == "onnx" else _export(model, temporary)
+        else:
+            tensors = _write_tensors(weights, to, temporary)
+            again = _read_again(weights, temporary)
+        difference = _largest_difference(model, again)
+        if not difference <= (EXPORT_TOLERANCE if to in EXPORTS else 0):
+            raise UserError(
+                f"{source} written as {to} gives outputs that differ by {difference:.1e}: "
+                "nothing was kept of it"
+            )
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(out)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {out}: {error}") from error
+    finally:
+        with contextlib.suppress(OSError):  # its folder may be none
+            temporary.unlink(missing_ok=True)
+    return Converted(original, out, tensors, left_out, difference)
+
+
+def layout(state: StateDict, to: str) -> dict[str, Tensor] | dict[str, StateDict]:
+    """What a .pth of the format holds: an official state dict renamed, and the entry it is in."""
+    if to == "timm":
+        return to_timm(state)
+    if to == "mmpretrain":
+        return {"state_dict": to_mmpretrain(state)}
+    return {"model": state} if to == "official" else state
+
+
+def _write_tensors(weights: Weights, to: str, path: Path) -> int:
+    # A .pth keeps what tensors share and how they lie in memory: each gets a copy of its own.
+    plain = {
+        key: tensor.clone(memory_format=torch.contiguous_format)
+        for key, tensor in weights.state.items()
+    }
+    content = layout(plain, to)
+    if path.suffix == ".safetensors":
+        facts = {"format": "pt", "arch": weights.arch, "role": weights.info["role"]}
+        save_file(content, path, metadata=facts)
+        return len(content)
+    try:
+        torch.save(content, path)
+    except RuntimeError as error:  # torch's word for a full disk
+        raise OSError(str(error).splitlines()[0]) from error
+    return len(content) if to in ("timm", "dino") else len(next(iter(content.values())))
+
+
+def _read_again(weights: Weights, path: Path) -> nn.Module:
+    """The network in the file just written, after a look at every bit of its tensors."""
+    again = read_weights(path, arch=weights.arch)
+    different = [
+        key
+        for key, tensor in weights.state.items()
+        if tensor.dtype != again.state[key].dtype or not _same_bits(tensor, again.state[key])
+    ]
+    if different:
+        raise UserError(
+            f"{path} was not written well: {', '.join(different[:3])} came back altered"
+        )
+    return build_model(again)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    a, b = (tensor.contiguous().view(-1).view(torch.uint8) for tensor in (a, b))
+    return torch.equal(a, b)
+
+
+def _largest_difference(
+    model: nn.Module, again: Callable[[Float[Tensor, "b c h w"]], Float[Tensor, "b out"]]
+) -> float:
+    """Largest absolute difference of the outputs, for noise of all `SHAPES`; nan if one is."""
+    generator = torch.Generator().manual_seed(0)
+    in_chans = model.patch_embed.proj[0][0].in_channels
+    differences = []
+    for count, height, width in SHAPES:
+        x = torch.randn(count, in_chans, height, width, generator=generator)
+        with torch.inference_mode():
+            differences.append((model(x) - again(x)).abs().max())
+    return torch.stack(differences).max().item()
+
+
+def _program(model: nn.Module) -> torch.export.ExportedProgram:
+    """The graph of the network, for any number of images of any height and width above 16."""
+    any_size = torch.export.Dim.DYNAMIC
+    example = torch.zeros(2, model.patch_embed.proj[0][0].in_channels, 64, 96)
+    sizes = {"x": {0: any_size, 2: any_size, 3: any_size}}
+    return torch.export.export(model, (example,), dynamic_shapes=sizes)
+
+
+def _export(model: nn.Module, path: Path) -> nn.Module:
+    torch.export.save(_program(model), path)
+    return torch.export.load(path).module()
+
+
+def _write_onnx(model: nn.Module, path: Path) -> Callable[[Tensor], Tensor]:
+    import onnxruntime
+
+    # its optimiser tells at length what it leaves as it is
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    torch.onnx.export(
+        _program(model),
+        (),
+        path,
+        input_names=["image"],
+        output_names=["logits" if model.num_classes else "features"],
+        external_data=False,
+        verbose=False,
+    )
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(None, {"image": x.numpy()})[0])
+
+
+def _require(*packages: str) -> None:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"this needs {', '.join(missing)}: pip install {' '.join(missing)}")
+
+
+# What a file holds
+
+
+def describe(path: Path | str, role: str = "teacher") -> dict[str, str]:
+    """Format, architecture, role, tensors and checksum of whatever can be read, as text."""
+    path = Path(path)
+    try:
+        read = read_network(path, role)
+    except UserError:
+        try:
+            weight, _ = read_linear_weights(path)
+        except UserError:
+            weight = None
+        if weight is None:
+            raise
+        return {
+            "format": "dino_linear",
+            "linear": f"{weight.shape[0]} classes of {weight.shape[1]} features",
+            "sha256": _checksum(path),
+        }
+    arch, _, info = read.weights
+    classes = info["num_classes"]
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in build_xcit(arch, num_classes=classes).parameters())
+    others = [other for other in info["roles"] if other != info["role"]]
+    facts = {
+        "format": f"{info['format']} ({_container(path)})",
+        "architecture": f"{arch}, {parameters / 1e6:.2f} million parameters",
+        "classifier": f"{classes} classes" if classes else "none",
+        "role": info["role"] + (f" (there is also: {', '.join(others)})" if others else ""),
+        "tensors": str(info["tensors"]),
+    }
+    if info["step"] is not None:
+        facts["step"] = str(info["step"])
+    if read.dino_head:
+        prototypes = len(read.dino_head.get("last_layer.weight_v", ()))
+        facts["DINO head"] = f"{len(read.dino_head)} tensors, {prototypes} prototypes"
+    if info["ignored"]:
+        facts["ignored"] = ", ".join(info["ignored"])
+    file = path if path.is_file() else Path(info["path"]) / f"{info['role']}.safetensors"
+    return facts | {"sha256": _checksum(file)}
+
+
+def _container(path: Path) -> str:
+    if path.is_dir():
+        return "folder"
+    if path.suffix == ".safetensors":
+        return "safetensors"
+    return "torch zip" if zipfile.is_zipfile(path) else "torch legacy pickle"
+
+
+def _checksum(path: Path) -> str:
+    """The first 8 digits, by which OpenMMLab's and torch.hub's files are named."""
+    with path.open("rb") as file:
+        digits = hashlib.file_digest(file, "sha256").hexdigest()[:8]
+    named = re.search(r"-([0-9a-f]{8})\.\w+$", path.name)
+    if named is None:
+        return digits
+    return digits + (" as in its name" if named[1] == digits else ", NOT as in its name: altered")
+
+
+# The command
+
+
+def timm_call(converted: Converted) -> str:
+    """The Python expression by which timm loads a converted file, all of it, strictly."""
+    classes = converted.weights.info["num_classes"]
+    # timm drops a classifier without a word unless the overlay states its size too
+    return (
+        f"timm.create_model('{converted.weights.arch}_224', pretrained=True, num_classes={classes},"
+        f" pretrained_cfg_overlay=dict(file={str(converted.path)!r}, num_classes={classes}))"
+    )
+
+
+def _convert_command(args: argparse.Namespace) -> None:
+    done = convert(
+        args.source, args.out, args.to, role=args.role, arch=args.arch, overwrite=args.overwrite
+    )
+    arch, _, info = done.weights
+    classes = f"{info['num_classes']} classes" if info["num_classes"] else "no classifier"
+    print(f"{info['path']}: {info['format']}, {arch}, {info['role']}, {classes}")
+    if info["ignored"]:
+        print(f"  not converted, being its training's: {', '.join(info['ignored'])}")
+    if done.left_out:
+        print(f"  left out, having no place in {args.to}: {', '.join(done.left_out)}")
+    size, count = done.path.stat().st_size / 1e6, f"{done.tensors} tensors"
+    what = "a graph" if args.to in EXPORTS else f"{count}, all read back bit for bit"
+    print(f"{done.path}: {args.to}, {size:.1f} MB, {what}, sha256 {_checksum(done.path)}")
+    output = "logit" if info["num_classes"] and not done.left_out else "feature"
+    shapes = " and ".join(f"{count} x {height} x {width}" for count, height, width in SHAPES)
+    print(f"  largest {output} difference {done.difference:.1e} (images: {shapes})")
+    if args.to == "timm":
+        print(f"  {timm_call(done)}")
+
+
+def _info_command(args: argparse.Namespace) -> None:
+    for name, value in describe(args.file, args.role).items():
+        print(f"{name:<14}{value}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ssl-xcit checkpoint", description=__doc__.splitlines()[0]
+    )
+    commands = parser.add_subparsers(required=True)
+
+    change = commands.add_parser("convert", help="write weights in another format")
+    change.set_defaults(run=_convert_command)
+    change.add_argument("source", help="run folder, checkpoint folder, .pth or .safetensors")
+    change.add_argument("out", help="file to write; it appears complete or not at all")
+    change.add_argument("--to", choices=TARGETS, required=True, help="format to write")
+    change.add_argument("--arch", default="", help="fail unless the source holds this architecture")
+    change.add_argument("--overwrite", action="store_true", help="replace an existing file")
+
+    info = commands.add_parser("info", help="print what a file holds")
+    info.set_defaults(run=_info_command)
+    info.add_argument("file", help="run folder, checkpoint folder, .pth or .safetensors")
+    for command in (change, info):
+        command.add_argument(
+            "--role",
+            default="teacher",
+            choices=("teacher", "student", "model", "model_ema"),
+            help="which of several networks (teacher; of a supervised training file, model)",
+        )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; exit status 2 and one line on stderr for what a user can mend."""
+    args = _parser().parse_args(argv)
+    with exit_on_user_error():
+        args.run(args)

@@ -1,0 +1,309 @@
+"""The formats that XCiT weights come in: telling them apart, and their names for the same tensors.
+
+    official     facebookresearch/xcit's names, which are this project's own
+    dino         the official names after `backbone.`, and a projection head after `head.`
+    timm         `pos_embed.` instead of `pos_embeder.`; class attention has q, k, v one by one
+    mmpretrain   `backbone.`, OpenMMLab's names for the layers, q, k, v one by one, `head.fc.`
+
+Functions of dictionaries of tensors; `ssl_xcit.checkpoints.folder` reads the files and
+`ssl_xcit.checkpoints.convert` writes them. A tensor that no rule knows keeps its name, for
+`ssl_xcit.checkpoints.weights.check_tensors` to find: nothing is dropped on the way.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ssl_xcit.runtime.errors import UserError
+
+StateDict = dict[str, Tensor]
+
+CLASSIFIER = ("head.weight", "head.bias")
+
+# How the programs that write training files call their networks -> how we do; the first one of a
+# family is what is read when nothing is asked for.
+FAMILIES = (
+    {"teacher": "teacher", "student": "student"},  # DINO
+    {"model": "model", "model_ema": "model_ema"},  # XCiT
+    {"state_dict": "model", "state_dict_ema": "model_ema"},  # mmpretrain, timm, DINO's linear probe
+)
+# What else such files hold, of no use without the training that wrote it.
+EXTRAS = {
+    *("optimizer", "lr_scheduler", "scheduler", "param_schedulers", "epoch", "args", "meta"),
+    *("model_ema", "scaler", "fp16_scaler", "amp_scaler", "loss_scaler", "dino_loss", "best_acc"),
+    *("message_hub", "ema_state_dict", "arch", "version", "metric"),
+}
+
+# Parts of keys, official -> mmpretrain: each key meets at most one rule for its start and one for
+# its layer. In this order the reverse holds too.
+MMPRETRAIN = (
+    (".pos_embeder.token_projection.", ".pos_embed.token_projection.conv."),
+    (".blocks.", ".xca_layers."),
+    (".cls_attn_blocks.", ".ca_layers."),
+    (".mlp.fc1.", ".ffn.layers.0.0."),
+    (".mlp.fc2.", ".ffn.layers.1."),
+    (".local_mp.conv1.", ".local_mp.conv1.conv."),
+    (".local_mp.conv2.", ".local_mp.conv2.conv."),
+    (".local_mp.bn.", ".local_mp.conv1.bn."),
+)
+# The newer weight norm's names -> the older one's, which are ours.
+WEIGHT_NORM = {
+    "last_layer.parametrizations.weight.original0": "last_layer.weight_g",
+    "last_layer.parametrizations.weight.original1": "last_layer.weight_v",
+}
+
+
+class Contents(NamedTuple):
+    """What a file holds, before its names are looked at."""
+
+    networks: dict[str, StateDict]  # by role; the first is the one to take when none is asked for
+    center: Tensor | None  # DINO's
+    ignored: list[str]  # entries known to be of no use here
+    ours: bool = False  # written by this project
+
+
+class Named(NamedTuple):
+    """One network under the official names."""
+
+    format: str
+    state: StateDict  # with the classifier if there is one, and with whatever no rule knows
+    dino_head: StateDict  # under `ssl_xcit.dino.head.DINOHead`'s names; empty without
+
+    @property
+    def foreign(self) -> bool:
+        """Whether these names are never written by this project."""
+        return self.format in ("timm", "mmpretrain")
+
+
+# Containers
+
+
+def unwrap(content: object, path: object) -> Contents:
+    """The networks in what a .pth holds: a state dict, or a dictionary around one or two.
+
+    Raises UserError (naming `path`) for anything else, and for entries that hold tensors and are
+    not known to be a training's own.
+    """
+    if not isinstance(content, dict) or not content or not all(isinstance(k, str) for k in content):
+        raise UserError(f"{path} holds no state dict but a {type(content).__name__}")
+    if all(isinstance(value, Tensor) for value in content.values()):
+        classifier = any(re.search(r"^(module\.)?head\.(fc\.)?weight$", key) for key in content)
+        role = "model" if classifier else "backbone"
+        return Contents({role: _tensors(content, path)}, None, [])
+    families = [family for family in FAMILIES if next(iter(family)) in content]
+    families = families or [family for family in FAMILIES if family.keys() & content.keys()]
+    if len(families) != 1:
+        raise UserError(
+            f"{path} holds {'no' if not families else 'more than one kind of'} network: its "
+            f"entries are {listing(content)}; expected one of teacher, student, model, state_dict"
+        )
+    networks = {
+        role: _tensors(content[key], f"{key} of {path}")
+        for key, role in families[0].items()
+        if content.get(key) is not None
+    }
+    if not networks:
+        raise UserError(f"{path} holds no network: its {listing(families[0])} are empty")
+    others = content.keys() - families[0].keys()
+    unknown = sorted(key for key in others - EXTRAS if _holds_tensors(content[key]))
+    if unknown:
+        raise UserError(
+            f"{path} has tensors in entries that are not known here: {listing(unknown)}; "
+            "remove them, or save the network alone"
+        )
+    loss = content.get("dino_loss")
+    center = loss.get("center") if isinstance(loss, dict) else None
+    center = center if isinstance(center, Tensor) else None
+    return Contents(networks, center, sorted(others))
+
+
+def _tensors(network: object, where: object) -> StateDict:
+    if not isinstance(network, dict) or not network:
+        raise UserError(f"{where} is no state dict but a {type(network).__name__}")
+    odd = [str(key) for key, value in network.items() if not isinstance(value, Tensor)]
+    if odd:
+        raise UserError(f"{where} holds entries that are no tensors: {listing(odd)}")
+    return {key: value.detach() for key, value in network.items()}
+
+
+def _holds_tensors(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_holds_tensors, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_holds_tensors, value))
+    return isinstance(value, Tensor)
+
+
+def choose(contents: Contents, role: str, path: object) -> str:
+    """The role to read when `role` is asked for.
+
+    "teacher" and "student" are names of a self-distilled pair: a file with a network of another
+    kind gives its first one for either.
+    """
+    if role in contents.networks:
+        return role
+    if role in ("teacher", "student") and not {"teacher", "student"} & contents.networks.keys():
+        return next(iter(contents.networks))
+    raise UserError(f"{path} holds {' and '.join(contents.networks)}, not {role}")
+
+
+# Names
+
+
+def to_official(state: StateDict, path: object) -> Named:
+    """One network under the official names, whatever its names are.
+
+    Prefixes are stripped at the start of keys only. Raises UserError when the names are nobody's,
+    or when two tensors would get one name.
+    """
+    if all(key.startswith("module.") for key in state):  # DistributedDataParallel
+        state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
+    if _any_starts(state, "backbone.xca_layers.", "backbone.ca_layers."):
+        return Named("mmpretrain", from_mmpretrain(state, path), {})
+    if state.keys() <= {"linear.weight", "linear.bias"}:
+        raise UserError(f"{path} holds a linear classifier of features and no XCiT to make them")
+    dino = _any_starts(state, "backbone.", "head.mlp.", "head.last_layer.")
+    state, head = _split_dino_head(_rename(state, _without_backbone, path))
+    timm = any(key.startswith("pos_embed.") or _one_of_qkv(key) for key in state)
+    if not timm and not _any_starts(state, "blocks.", "cls_attn_blocks.", "cls_token"):
+        raise UserError(
+            f"{path} is no XCiT: no format has the names of its {len(state)} tensors "
+            f"({listing(state)})"
+        )
+    if dino:  # which may have trained timm's model
+        return Named("dino", from_timm(state, path) if timm else state, head)
+    if timm:
+        return Named("timm", from_timm(state, path), {})
+    return Named("official" if "head.weight" in state else "dino_backbone", state, {})
+
+
+def from_timm(state: StateDict, path: object = "the state dict") -> StateDict:
+    """timm's names -> the official ones."""
+
+    def name(key: str) -> str:
+        return re.sub(r"^pos_embed\.token_projection\.", "pos_embeder.token_projection.", key)
+
+    return _join_qkv(_rename(state, name, path))
+
+
+def to_timm(state: StateDict) -> StateDict:
+    """The official names -> timm's."""
+
+    def name(key: str) -> str:
+        return re.sub(r"^pos_embeder\.", "pos_embed.", key)
+
+    return _rename(_split_qkv(state), name)
+
+
+def from_mmpretrain(state: StateDict, path: object = "the state dict") -> StateDict:
+    """mmpretrain's names (`backbone.*`, `head.fc.*`) -> the official ones."""
+
+    def name(key: str) -> str:
+        if not key.startswith("backbone."):
+            return re.sub(r"^head\.fc\.(weight|bias)$", r"head.\1", key)
+        key = key.removeprefix("backbone.")
+        if found := re.fullmatch(r"patch_embed\.proj\.(\d+)\.(conv|bn)\.(\w+)", key):
+            # the official stem counts the activations between its layers too
+            return f"patch_embed.proj.{2 * int(found[1])}.{int(found[2] == 'bn')}.{found[3]}"
+        key = f".{key}"
+        for official, theirs in MMPRETRAIN:
+            key = key.replace(theirs, official, 1)
+        return key[1:]
+
+    return _join_qkv(_rename(state, name, path))
+
+
+def to_mmpretrain(state: StateDict) -> StateDict:
+    """The official names -> mmpretrain's."""
+
+    def name(key: str) -> str:
+        if key in CLASSIFIER:
+            return key.replace("head.", "head.fc.")
+        if found := re.fullmatch(r"patch_embed\.proj\.(\d+)\.([01])\.(\w+)", key):
+            layer = ("conv", "bn")[int(found[2])]
+            return f"backbone.patch_embed.proj.{int(found[1]) // 2}.{layer}.{found[3]}"
+        key = f".{key}"
+        for official, theirs in MMPRETRAIN:
+            key = key.replace(official, theirs, 1)
+        return f"backbone{key}"
+
+    return _rename(_split_qkv(state), name)
+
+
+def _any_starts(state: StateDict, *prefixes: str) -> bool:
+    return any(key.startswith(prefixes) for key in state)
+
+
+def _without_backbone(key: str) -> str:
+    return key.removeprefix("backbone.")
+
+
+def _rename(
+    state: StateDict, name: Callable[[str], str], path: object = "the state dict"
+) -> StateDict:
+    renamed: StateDict = {}
+    for key, tensor in state.items():
+        if name(key) in renamed:
+            raise UserError(f"{path} has two tensors for {name(key)}: one of them is {key}")
+        renamed[name(key)] = tensor
+    return renamed
+
+
+def _split_dino_head(state: StateDict) -> tuple[StateDict, StateDict]:
+    """(backbone and whatever is unknown, projection head without `head.`)."""
+    rest, head = {}, {}
+    for key, tensor in state.items():
+        layer = key.removeprefix("head.")
+        layer = WEIGHT_NORM.get(layer, layer)
+        known = re.fullmatch(r"mlp\.(\d+\.)?\w+|last_layer\.weight_[gv]", layer)
+        if key.startswith("head.") and known and layer not in head:
+            head[layer] = tensor
+        else:
+            rest[key] = tensor
+    return rest, head
+
+
+def _one_of_qkv(key: str) -> re.Match[str] | None:
+    return re.fullmatch(r"cls_attn_blocks\.(\d+)\.attn\.[qkv]\.(weight|bias)", key)
+
+
+def _join_qkv(state: StateDict) -> StateDict:
+    """Class attention's q, k and v stacked to qkv, where all three are there and alike."""
+    joined: StateDict = {}
+    used: set[str] = set()
+    for key, tensor in state.items():
+        if found := _one_of_qkv(key):
+            names = [f"cls_attn_blocks.{found[1]}.attn.{x}.{found[2]}" for x in "qkv"]
+            whole = f"cls_attn_blocks.{found[1]}.attn.qkv.{found[2]}"
+            parts = [state[name] for name in names if name in state]
+            alike = {(part.shape, part.dtype) for part in parts}
+            if len(parts) == 3 and len(alike) == 1 and tensor.ndim > 0 and whole not in state:
+                used.update(names)
+                if key == names[0]:
+                    joined[whole] = torch.cat(parts)
+        if key not in used:
+            joined[key] = tensor
+    return joined
+
+
+def _split_qkv(state: StateDict) -> StateDict:
+    """The reverse of `_join_qkv`; each part owns its memory, as files want it."""
+    split: StateDict = {}
+    for key, tensor in state.items():
+        found = re.fullmatch(r"(cls_attn_blocks\.\d+\.attn\.)qkv(\.weight|\.bias)", key)
+        if found:
+            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
+                split[f"{found[1]}{letter}{found[2]}"] = part.clone()
+        else:
+            split[key] = tensor
+    return split
+
+
+def listing(names: Iterable[str]) -> str:
+    """The first three names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

@@ -1,0 +1,115 @@
+"""The 42 published supervised XCiT models, and which of them a file is.
+
+The facts are in configs/supervised_models.csv. Names, accuracies, parameters, FLOPs, dates and
+hashes: mmpretrain's metafile (open-mmlab/mmpretrain, configs/xcit/metafile.yml), whose files were
+converted from facebookresearch/xcit's; full_crop_*: timm's results-imagenet.csv, the same weights
+with timm's and XCiT's own preprocessing.
+"""
+
+import csv
+import functools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+TABLE = Path(__file__).resolve().parents[2] / "configs" / "supervised_models.csv"
+
+
+@dataclass(frozen=True)
+class ZooModel:
+    """One row of the table."""
+
+    name: str
+    """xcit-SIZE-pPATCH_3rdparty[-dist]_in1k[-384px]"""
+    top1: float
+    """Percent of ImageNet's validation images, with mmpretrain's preprocessing."""
+    top5: float
+    full_crop_top1: float
+    """Percent, with the whole short side in the central crop (XCiT's --full_crop, timm)."""
+    full_crop_top5: float
+    params_M: str  # noqa: N815 - the unit
+    """Millions, the digits as printed; with the classifier of 1,000 classes."""
+    flops_G: str  # noqa: N815
+    """Thousand millions, the digits as printed; see `ssl_xcit.models.flops` for what is counted."""
+    params: int
+    flops: int
+    date: str
+    """Of the file, YYYYMMDD."""
+    sha8: str
+    """The first 8 hexadecimal digits of the file's sha256."""
+
+    @property
+    def arch(self) -> str:
+        """Our name of the architecture: xcit_small_12_p8."""
+        return self.name.partition("_")[0].replace("-", "_")
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images, pixels."""
+        return 384 if self.name.endswith("-384px") else 224
+
+    @property
+    def distilled(self) -> bool:
+        """Whether it learned from a teacher beside the labels."""
+        return "-dist_" in self.name
+
+    @property
+    def checkpoint(self) -> str:
+        """mmpretrain's file."""
+        return f"{self.name}_{self.date}-{self.sha8}.pth"
+
+    @property
+    def config(self) -> str:
+        """mmpretrain's configuration."""
+        suffix = "-384px" if self.image_size == 384 else ""
+        return f"{self.name.partition('_')[0]}_8xb128_in1k{suffix}.py"
+
+    @property
+    def official_file(self) -> str:
+        """The file of facebookresearch/xcit that it was converted from."""
+        return f"{self.arch}_{self.image_size}{'_dist' if self.distilled else ''}.pth"
+
+    @property
+    def timm(self) -> str:
+        """timm's name and tag."""
+        return f"{self.arch}_{self.image_size}.fb_{'dist_' if self.distilled else ''}in1k"
+
+    def published(self, full_crop: bool) -> tuple[float, float]:
+        """(top-1, top-5) in percent, with the one preprocessing or the other."""
+        if full_crop:
+            return self.full_crop_top1, self.full_crop_top5
+        return self.top1, self.top5
+
+
+@functools.cache
+def zoo() -> Mapping[str, ZooModel]:
+    """All rows by name, in the order of the table."""
+    with TABLE.open(encoding="utf-8", newline="") as file:
+        rows = [_row(line) for line in csv.DictReader(file)]
+    return {row.name: row for row in rows}
+
+
+def _row(line: Mapping[str, str]) -> ZooModel:
+    percents = {key: float(line[key]) for key in line if key.endswith(("top1", "top5"))}
+    return ZooModel(
+        **{**line, **percents, "params": int(line["params"]), "flops": int(line["flops"])}
+    )
+
+
+def by_hash(sha256: str) -> ZooModel | None:
+    """The model whose published file has this sha256 (its first 8 digits decide)."""
+    return next((row for row in zoo().values() if row.sha8 == sha256[:8]), None)
+
+
+def by_file_name(path: str | Path) -> ZooModel | None:
+    """The model that a file is called after, by mmpretrain's, XCiT's or timm's way of naming.
+
+    mmpretrain's date and hash may be missing or other ones; the ending is free.
+    """
+    stem = re.sub(r"\.(pth|pt|bin|safetensors)$", "", Path(path).name)
+    stem = re.sub(r"_\d{8}-[0-9a-f]{8}$", "", stem)
+    for row in zoo().values():
+        if stem in (row.name, row.official_file.removesuffix(".pth"), row.timm):
+            return row
+    return None

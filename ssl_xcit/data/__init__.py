@@ -1,0 +1,1 @@
+"""Images in .beton files, and batches of views of them."""

@@ -1,0 +1,230 @@
+"""Batches in the making: worker threads render views into shared buffers."""
+
+import os
+import sys
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Int64, UInt64
+from torch import Tensor
+
+from ssl_xcit.data import kernels
+from ssl_xcit.data.beton import Beton
+from ssl_xcit.data.views import EvalView, View
+from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.runtime.processor import usable_cores
+
+DTYPES = {
+    torch.uint8: (kernels.UINT8, np.uint8),
+    torch.float32: (kernels.FLOAT32, np.float32),
+    torch.bfloat16: (kernels.BFLOAT16, np.uint16),  # numpy has no bfloat16; torch sees the bits
+}
+FILTERS = {"bicubic": kernels.BICUBIC, "bilinear": kernels.BILINEAR}
+# What a view and the kernels' description of it call alike
+SAME_NAMES = ("flip", "jitter", "grayscale", "blur", "solarize", "one_of")
+
+
+def default_threads() -> int:
+    """This process's share of the cores it may use, at least 1.
+
+    The processes of a host (LOCAL_WORLD_SIZE) share them, unless each has been given its own: then
+    all of them together have no more cores than the host.
+    """
+    cores = usable_cores()
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if cores * processes <= (os.cpu_count() or 1):
+        return cores
+    return max(1, cores // processes)
+
+
+@dataclass
+class _Batch:
+    """A batch in the making: its memory, and what each place of it will show."""
+
+    indices: Int64[np.ndarray, "n"]
+    keys: UInt64[np.ndarray, "n"]
+    status: np.ndarray  # (n,) uint8
+    flat: np.ndarray  # bytes of all views
+    offsets: np.ndarray  # (v,) int64, where a view's images begin in `flat`
+    tensors: list[Tensor]  # one per group, views of `flat`
+    counter: np.ndarray  # (1,) int64: the next place to be filled
+    futures: list[Future]
+
+
+class _Renderer:
+    """Everything about a loader that the kernels need to know."""
+
+    def __init__(
+        self,
+        beton: Beton,
+        recipe: Sequence[Sequence[View | EvalView]],
+        dtype: torch.dtype,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        num_threads: int,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise UserError(f"dtype: expected one of {[str(d) for d in DTYPES]}, got {dtype}")
+        if dtype != torch.uint8 and not len(mean) == len(std) == beton.channels:
+            raise UserError(
+                f"{beton.path} has {beton.channels} channels, but mean has {len(mean)} values and "
+                f"std {len(std)}: give one of each per channel"
+            )
+        for group in recipe:
+            if len({view.size for view in group}) > 1:
+                raise UserError(f"the views of a group need one size, got {group}")
+        if not any(recipe):
+            raise UserError("the recipe has no view")
+        self.beton, self.dtype = beton, dtype
+        self.data = np.asarray(beton.data)  # numba knows no memmap
+        self.code, self.numpy_dtype = DTYPES[dtype]
+        self.groups = [(len(group), group[0].size if group else 0) for group in recipe]
+        self.table = view_table([view for group in recipe for view in group])
+        # (x / 255 - mean) / std = x * scale + shift
+        self.scale = np.ones(beton.channels, np.float32)
+        self.shift = np.zeros(beton.channels, np.float32)
+        if dtype != torch.uint8:
+            self.scale = (1 / (255 * np.asarray(std, np.float64))).astype(np.float32)
+            self.shift = (-np.asarray(mean) / np.asarray(std, np.float64)).astype(np.float32)
+        self.num_threads = num_threads or default_threads()
+        self.buffers = _Buffers()
+
+    def allocate(self, indices: np.ndarray, keys: np.ndarray) -> _Batch:
+        """Memory for a batch of these images."""
+        n, channels = len(indices), self.beton.channels
+        itemsize = np.dtype(self.numpy_dtype).itemsize
+        offsets, places, size = [], [], 0
+        for views, side in self.groups:
+            places.append(size)
+            view_bytes = n * channels * side * side * itemsize
+            offsets += [size + view * view_bytes for view in range(views)]
+            size += -(-views * view_bytes // 64) * 64  # groups begin at cache lines
+        flat = self.buffers.take(size)
+        tensors = []
+        for (views, side), place in zip(self.groups, places, strict=True):
+            shape = (views, n, channels, side, side)
+            count = int(np.prod(shape))
+            values = flat[place : place + count * itemsize].view(self.numpy_dtype)
+            tensors.append(torch.from_numpy(values).view(self.dtype).view(shape))
+        status = np.zeros(n, np.uint8)
+        counter = np.zeros(1, np.int64)
+        return _Batch(indices, keys, status, flat, np.array(offsets), tensors, counter, futures=[])
+
+    def render(
+        self, batch: _Batch, slots: np.ndarray, indices: np.ndarray, counter: np.ndarray
+    ) -> None:
+        """Fill places of a batch, together with the other threads that share the counter."""
+        beton = self.beton
+        kernels.render(
+            self.data, beton.pointers, beton.sizes, beton.heights, beton.widths,
+            beton.modes, beton.channels, slots, indices, batch.keys, self.table, batch.offsets,
+            self.scale, self.shift, self.code, batch.flat, batch.status, counter,
+        )  # fmt: skip
+
+
+class _Batches:
+    """The batches of one iteration, in order, `prefetch` of them in the making or waiting."""
+
+    def __init__(
+        self,
+        renderer: _Renderer,
+        plan: Iterator[tuple[np.ndarray, np.ndarray]],
+        prefetch: int,
+    ) -> None:
+        self._renderer, self._plan, self._prefetch = renderer, plan, prefetch
+        self._pool = ThreadPoolExecutor(renderer.num_threads, thread_name_prefix="views")
+        self._pending: deque[_Batch] = deque()
+        # Called by close, when the last reference goes (an epoch left early), or at exit
+        self._end = weakref.finalize(self, _stop, self._pool, self._pending)
+        self._order()
+
+    def next(self) -> _Batch | None:
+        """The next batch, None after the last.
+
+        Raises:
+            whatever a worker thread raised.
+        """
+        if not self._pending:
+            return None
+        batch = self._pending.popleft()
+        for future in batch.futures:
+            future.result()
+        self._order()
+        return batch
+
+    def close(self) -> None:
+        """Stop the threads, without finishing what they are at."""
+        self._end()
+
+    def _order(self) -> None:
+        while len(self._pending) < self._prefetch and self._end.alive:
+            item = next(self._plan, None)
+            if item is None:
+                return
+            batch = self._renderer.allocate(*item)
+            slots = np.arange(len(batch.indices))
+            batch.futures = [
+                self._pool.submit(self._renderer.render, batch, slots, batch.indices, batch.counter)
+                for _ in range(min(self._renderer.num_threads, len(slots)))
+            ]
+            self._pending.append(batch)
+
+
+def _stop(pool: ThreadPoolExecutor, pending: deque[_Batch]) -> None:
+    """End the threads of an iteration."""
+    for batch in pending:
+        batch.counter[0] = len(batch.indices)  # no place left to fill: the threads return at once
+    pending.clear()
+    with suppress(RuntimeError):  # the garbage collector may run in one of the threads themselves
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Buffers:
+    """Memory for batches, reused when nothing refers to it any more.
+
+    Fresh memory would cost its page faults in every batch. torch keeps the numpy array behind a
+    tensor alive, so the array's reference count tells whether any tensor, or tensor made from it
+    by indexing, is left. Pinned memory is torch's own affair: it also waits for the copies to the
+    GPU that are still under way.
+    """
+
+    def __init__(self) -> None:
+        self._arrays: list[np.ndarray] = []
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    def take(self, size: int) -> np.ndarray:
+        """`size` bytes, not initialised."""
+        if torch.cuda.is_available():
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
+        for array in self._arrays:
+            # The list, this loop, getrefcount's own argument
+            if array.size >= size and sys.getrefcount(array) == 3:
+                return array[:size]
+        self._arrays.append(np.empty(size, np.uint8))
+        return self._arrays[-1][:size]
+
+
+def view_table(views: Sequence[View | EvalView]) -> np.ndarray:
+    """The kernels' description of views, (v,) kernels.VIEW."""
+    rows = np.zeros(len(views), kernels.VIEW)
+    for row, view in zip(rows, views, strict=True):
+        row["size"], row["filter"] = view.size, FILTERS[view.interpolation]
+        if isinstance(view, EvalView):
+            row["kind"] = kernels.SQUARE if view.crop is None else kernels.CENTER_CROP
+            row["resize"] = view.resize
+            continue
+        row["kind"] = kernels.SIMPLE_CROP if view.simple_crop else kernels.RANDOM_CROP
+        row["scale"], row["log_ratio"] = view.scale, np.log(view.ratio)
+        row["sigma"] = view.blur_sigma
+        row["strengths"] = view.brightness, view.contrast, view.saturation, view.hue
+        for name in SAME_NAMES:
+            row[name] = getattr(view, name)
+    return rows

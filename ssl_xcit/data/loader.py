@@ -1,0 +1,330 @@
+"""Batches of views from a .beton file: each image is decoded once, all its views follow from it.
+
+Every random choice is a function of (seed, epoch, image, view, draw) and the order of an epoch one
+of (seed, epoch), see `ssl_xcit/runtime/draws.py`. So the batches are the same bits for any number
+of threads, a step sees the same images for any number of ranks, and a resumed epoch goes on exactly
+as it would have.
+
+There is no loader process and no thread of the loader's own: `next` waits for the oldest batch and
+orders a new one. A batch in the making is one atomic counter; each worker thread takes the next
+image from it until none is left, without the GIL, and goes on with the following batch.
+"""
+
+import itertools
+import logging
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from ssl_xcit.data import kernels
+from ssl_xcit.data.batches import _Batch, _Batches, _Renderer
+from ssl_xcit.data.beton import Beton
+from ssl_xcit.data.pixels import IMAGENET_MEAN, IMAGENET_STD
+from ssl_xcit.data.views import EvalView, Recipe
+from ssl_xcit.runtime.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+MAX_CORRUPT_SHARE, MIN_CORRUPT = 0.001, 5
+"""A run stops when more than this share of the images seen, and at least 5 of them, are corrupt."""
+
+REASONS = {
+    kernels.CORRUPT: "the decoder rejects it",
+    kernels.TRUNCATED: "its JPEG data end early",
+    kernels.WRONG_SIZE: "its size is not what the file says",
+}
+
+
+def epoch_order(seed: int, epoch: int, num_samples: int) -> Int64[np.ndarray, "n"]:
+    """The permutation of an epoch: images sorted by a hash of (seed, epoch, image)."""
+    keys = kernels.sample_keys(seed, epoch, np.arange(num_samples))
+    return np.argsort(kernels.mix64_array(keys ^ kernels.ORDER_STREAM), kind="stable")
+
+
+def rank_share(
+    images: Int64[np.ndarray, "m"], rank: int, world_size: int
+) -> Int64[np.ndarray, "n"]:
+    """An evaluation's images of a rank: the rank-th of world_size contiguous parts."""
+    return images[len(images) * rank // world_size : len(images) * (rank + 1) // world_size]
+
+
+def labels_at(
+    labels: Int64[np.ndarray, "m"] | None, indices: Int64[np.ndarray, "n"]
+) -> Int64[Tensor, "n"]:
+    """The labels of these images, -1 when there are none."""
+    return torch.from_numpy(np.full(len(indices), -1) if labels is None else labels[indices])
+
+
+class MultiCropLoader:
+    """Batches of random views for training.
+
+    Iterating gives the micro-batches of the epoch that `set_epoch` chose, each a tuple: one tensor
+    (v, batch_size, channels, size, size) per group of `views`, one behind the other in memory, and
+    `indices` (batch_size,) int64, the images' places in the file. For `dino_views` that is
+    (globals, locals, indices). Images beyond the last full global batch are left out. A loader has
+    one iteration at a time: a new one ends the one before.
+
+    With A = accumulation_steps and G = batch_size * A * world_size, micro-batch j of step k on rank
+    r is permutation[k G + (r A + j) batch_size :] up to batch_size images: only the product of
+    ranks and accumulation decides what the micro-batches are.
+
+    Tensors are the caller's: their memory is used again only after the last tensor that refers to
+    it is gone. With CUDA they are pinned.
+
+    Another image, chosen by the random key, takes the place of one that is corrupt: cut, or with
+    data that are no JPEG's. It is logged and counted; `indices` name the image that is shown, so
+    that its label fits.
+
+    Args:
+        beton: the file.
+        views: groups of views of one size each, see `ssl_xcit.data.views`.
+        batch_size: images per micro-batch and rank.
+        seed: of order and views.
+        rank, world_size: this process among those that share the training.
+        accumulation_steps: micro-batches per optimiser step.
+        num_threads: worker threads; 0 = this process's share of the cores.
+        dtype: torch.uint8 (0 to 255), or torch.float32 or bfloat16, normalised.
+        mean, std: per channel, of values in 0 to 1; for the normalised dtypes.
+        prefetch: batches in the making or waiting, at least 1.
+        subset: the images to train on, by their places in the file; default all. They come in the
+            order of the whole file's epoch, the others left out.
+
+    Attributes:
+        wait_seconds: time that callers have spent waiting for batches so far.
+        corrupt: {index: reason} of the corrupt images met so far.
+        damaged: indices of images decoded with a warning (superfluous bytes) so far.
+
+    Raises:
+        UserError: wrong arguments, or fewer images than one global batch; on iteration, too many
+            corrupt images (MAX_CORRUPT_SHARE).
+    """
+
+    def __init__(
+        self,
+        beton: Beton | str | Path,
+        views: Recipe,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulation_steps: int = 1,
+        num_threads: int = 0,
+        dtype: torch.dtype = torch.uint8,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        prefetch: int = 2,
+        subset: Int64[np.ndarray, "n"] | None = None,
+    ) -> None:
+        self.beton = beton if isinstance(beton, Beton) else Beton(beton)
+        self.batch_size, self.seed = batch_size, seed
+        self.images = np.arange(len(self.beton)) if subset is None else subset
+        self.rank, self.world_size = rank, world_size
+        self.accumulation_steps, self.prefetch = accumulation_steps, prefetch
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.global_batch = batch_size * world_size * accumulation_steps
+        if len(self.images) < self.global_batch:
+            raise UserError(
+                f"{self.beton.path}: {len(self.images)} images are fewer than one global batch of "
+                f"{self.global_batch} ({batch_size} x {world_size} ranks x {accumulation_steps} "
+                "accumulation steps): use a smaller batch"
+            )
+        self._renderer = _Renderer(self.beton, views, dtype, self.mean, self.std, num_threads)
+        self.wait_seconds = 0.0
+        self.corrupt: dict[int, str] = {}
+        self.damaged: set[int] = set()
+        self.epoch = self._start_step = self._step = self._seen = 0
+        self._batches: weakref.ref[_Batches] | None = None
+
+    def __len__(self) -> int:
+        """Optimiser steps per epoch."""
+        return len(self.images) // self.global_batch
+
+    def place(self, micro: int) -> int:
+        """Which part of the global batch this rank's micro-batch number `micro` of a step is."""
+        return self.rank * self.accumulation_steps + micro
+
+    def step_images(self) -> Int64[np.ndarray, "a n"]:
+        """This rank's images of the step that the next iteration begins with, by micro-batch."""
+        plan = itertools.islice(self._plan(self.epoch, self._start_step), self.accumulation_steps)
+        return np.stack([indices for indices, _ in plan])
+
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        """Let the next iteration be that of `epoch`, from step `start_step` on."""
+        self.epoch, self._start_step = epoch, start_step
+        self._step = start_step
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the loader is: the steps of the epoch that have been handed out in full."""
+        return {"seed": self.seed, "epoch": self.epoch, "step": self._step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from `state`."""
+        self.seed = state["seed"]
+        self.set_epoch(state["epoch"], state["step"])
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        self.close()
+        plan = self._plan(self.epoch, self._start_step)
+        batches = _Batches(self._renderer, plan, self.prefetch)
+        self._batches = weakref.ref(batches)
+        return self._deliver(batches, self._start_step)
+
+    def close(self) -> None:
+        """End the iteration under way, if any; its threads are gone when this returns."""
+        batches = self._batches and self._batches()
+        if batches:
+            batches.close()
+
+    def _plan(self, epoch: int, start_step: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(images, their keys) of every micro-batch of this rank."""
+        order = epoch_order(self.seed, epoch, len(self.beton))
+        if len(self.images) < len(order):
+            order = order[np.isin(order, self.images)]
+        for step in range(start_step, len(self)):
+            for micro in range(self.accumulation_steps):
+                first = step * self.global_batch + self.place(micro) * self.batch_size
+                indices = order[first : first + self.batch_size]
+                yield indices, kernels.sample_keys(self.seed, epoch, indices)
+
+    def _deliver(self, batches: "_Batches", start_step: int) -> Iterator[tuple[Tensor, ...]]:
+        delivered = 0
+        try:
+            while (tensors := self._next(batches)) is not None:
+                delivered += 1
+                self._step = start_step + delivered // self.accumulation_steps
+                yield tensors
+                del tensors  # or its memory could not be used for the next batch
+        finally:
+            batches.close()
+
+    def _next(self, batches: "_Batches") -> tuple[Tensor, ...] | None:
+        start = time.perf_counter()
+        batch = batches.next()
+        if batch is not None:
+            self._mend(batch)
+        self.wait_seconds += time.perf_counter() - start
+        return batch and (*batch.tensors, torch.from_numpy(batch.indices.copy()))
+
+    def _mend(self, batch: "_Batch") -> None:
+        """Replace the corrupt images of a batch; nearly always there is nothing to do."""
+        self._seen += len(batch.indices)
+        if not batch.status.any():
+            return
+        for index in batch.indices[batch.status == kernels.DAMAGED].tolist():
+            if index not in self.damaged:
+                self.damaged.add(index)
+                logger.info("%s: image %d has superfluous bytes", self.beton.path, index)
+        broken = np.flatnonzero(batch.status > kernels.DAMAGED)
+        for slot in broken.tolist():
+            index = int(batch.indices[slot])
+            known = index in self.corrupt
+            self.corrupt[index] = REASONS[batch.status[slot]]
+            self._stop_if_too_many()
+            shown = self._substitute(batch, slot)
+            if not known:
+                logger.warning(
+                    "%s: image %d is corrupt (%s); image %d takes its place",
+                    self.beton.path, index, self.corrupt[index], shown,
+                )  # fmt: skip
+
+    def _stop_if_too_many(self) -> None:
+        seen = min(self._seen, len(self.images))
+        if len(self.corrupt) >= MIN_CORRUPT and len(self.corrupt) > MAX_CORRUPT_SHARE * seen:
+            raise UserError(
+                f"{self.beton.path}: {len(self.corrupt)} of {seen} images are corrupt (first: "
+                f"{next(iter(self.corrupt))}), more than {MAX_CORRUPT_SHARE:.1%}: copy the file "
+                "again, or run `ssl-xcit data verify` on it"
+            )
+
+    def _substitute(self, batch: "_Batch", slot: int) -> int:
+        """Fill a place of the batch with the views of the first decodable image of a sequence."""
+        key = batch.keys[slot : slot + 1]
+        indices = batch.indices.copy()
+        for attempt in range(1000):
+            drawn = kernels.mix64_array(key ^ kernels.SUBSTITUTE_STREAM + np.uint64(attempt))
+            indices[slot] = self.images[drawn[0] % np.uint64(len(self.images))]
+            self._renderer.render(batch, np.array([slot]), indices, np.zeros(1, np.int64))
+            if batch.status[slot] <= kernels.DAMAGED:
+                batch.indices[slot] = indices[slot]
+                return int(indices[slot])
+        raise UserError(f"{self.beton.path}: no image of 1000 can be decoded; write the file again")
+
+
+class EvalLoader:
+    """Batches of evaluation views, each image once over all ranks, in the order of the file.
+
+    `subset`: the images to look at, by their places in the file; default all.
+
+    Iterating gives (images (n, channels, size, size), labels (n,), indices (n,)) with n =
+    batch_size but for the last batch; labels are -1 when the file has none. Rank r has the r-th of
+    world_size contiguous parts. Arguments as for `MultiCropLoader`.
+
+    Raises:
+        UserError: wrong arguments; on iteration, a corrupt image, because no other can stand in.
+    """
+
+    def __init__(
+        self,
+        beton: Beton | str | Path,
+        view: EvalView,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        num_threads: int = 0,
+        dtype: torch.dtype = torch.uint8,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        prefetch: int = 2,
+        subset: Int64[np.ndarray, "n"] | None = None,
+    ) -> None:
+        self.beton = beton if isinstance(beton, Beton) else Beton(beton)
+        self.view, self.batch_size, self.prefetch = view, batch_size, prefetch
+        self.mean, self.std = tuple(mean), tuple(std)
+        images = np.arange(len(self.beton)) if subset is None else subset
+        self.indices = rank_share(images, rank, world_size)
+        self._renderer = _Renderer(self.beton, [[view]], dtype, self.mean, self.std, num_threads)
+        self.wait_seconds = 0.0
+
+    def __len__(self) -> int:
+        """Batches of this rank."""
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        parts = (
+            self.indices[start : start + self.batch_size]
+            for start in range(0, len(self.indices), self.batch_size)
+        )
+        plan = ((part, np.zeros(len(part), np.uint64)) for part in parts)
+        batches = _Batches(self._renderer, plan, self.prefetch)
+        try:
+            while (tensors := self._next(batches)) is not None:
+                yield tensors
+                del tensors  # or its memory could not be used for the next batch
+        finally:
+            batches.close()
+
+    def _next(self, batches: "_Batches") -> tuple[Tensor, Tensor, Tensor] | None:
+        start = time.perf_counter()
+        batch = batches.next()
+        self.wait_seconds += time.perf_counter() - start
+        if batch is None:
+            return None
+        indices = batch.indices
+        broken = np.flatnonzero(batch.status > kernels.DAMAGED)
+        if len(broken):
+            reason = REASONS[batch.status[broken[0]]]
+            raise UserError(
+                f"{self.beton.path}: image {indices[broken[0]]} is corrupt ({reason}): write the "
+                "file again, without it"
+            )
+        labels = labels_at(self.beton.labels, indices)
+        return batch.tensors[0][0], labels, torch.from_numpy(indices.copy())

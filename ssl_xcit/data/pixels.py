@@ -1,0 +1,28 @@
+"""The statistics that images are normalised by."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float32, UInt8
+from torch import Tensor
+
+from ssl_xcit.runtime.errors import UserError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def normalise(
+    images: UInt8[Tensor, "*batch c h w"], mean: Sequence[float], std: Sequence[float]
+) -> Float32[Tensor, "*batch c h w"]:
+    """(x / 255 - mean) / std per channel, on the images' device."""
+    if not images.size(-3) == len(mean) == len(std):
+        raise UserError(
+            f"the images have {images.size(-3)} channels but mean has {len(mean)} values and std "
+            f"{len(std)}: give one of each per channel"
+        )
+    # Not blocking, or each call would wait for all the work that the GPU has still to do.
+    mean, std = (
+        torch.tensor(values).view(-1, 1, 1).to(images.device, non_blocking=True)
+        for values in (mean, std)
+    )
+    return images.float().div_(255).sub_(mean).div_(std)

@@ -1,0 +1,223 @@
+"""What a view is: descriptions of random and evaluation views, and the recipes built from them.
+
+A recipe is a list of groups of views; all views of a group have one size and reach the model as one
+array. The drawing and the pixels are in `ssl_xcit.data.kernels`; each operation equals Pillow's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ssl_xcit.runtime.errors import UserError
+
+Interpolation = Literal["bicubic", "bilinear"]
+
+
+@dataclass(frozen=True)
+class View:
+    """A random view, in this order: crop, flip, (one of,) colour jitter, grayscale, blur, solarize.
+
+    Each operation has a probability of its own, drawn per image and view. On images of other than 3
+    channels saturation, hue and grayscale do nothing.
+
+    Raises:
+        UserError: a value is out of its range.
+    """
+
+    size: int
+    """Pixels a side."""
+    scale: tuple[float, float]
+    """Range of the crop's share of the image's area."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Range of the crop's width / height; its logarithm is uniform."""
+    interpolation: Interpolation = "bicubic"
+    """Antialiased, as Pillow's."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    jitter: float = 0.0
+    """Probability of the four colour adjustments, which come in random order."""
+    brightness: float = 0.0
+    """The factor is uniform in [max(0, 1 - x), 1 + x]; so are contrast's and saturation's."""
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    """The shift is uniform in [-x, x] turns of the colour circle."""
+    grayscale: float = 0.0
+    """Probability of gray in all channels."""
+    blur: float = 0.0
+    """Probability of a Gaussian blur."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Range of the blur's standard deviation, pixels."""
+    solarize: float = 0.0
+    """Probability of inverting values from 128 on."""
+    one_of: bool = False
+    """Exactly one of grayscale, solarize and blur, equally often and before the colour jitter;
+    their own probabilities are not asked then."""
+    simple_crop: bool = False
+    """Instead of the crop: the short side resized to `size`, and a square cut out that may reach
+    4 pixels over each edge, into the image's reflection. `scale` and `ratio` are not asked then."""
+
+    def __post_init__(self) -> None:
+        for name in ("flip", "jitter", "grayscale", "blur", "solarize"):
+            _require(0 <= getattr(self, name) <= 1, self, name, "a probability in 0..1")
+        for name in ("brightness", "contrast", "saturation"):
+            _require(getattr(self, name) >= 0, self, name, "0 or more")
+        least = 5 if self.simple_crop else 1  # a reflection of 4 pixels needs one more
+        _require(self.size >= least, self, "size", f"at least {least} pixel(s)")
+        _require(0 <= self.hue <= 0.5, self, "hue", "within 0..0.5")
+        low, high = self.scale
+        _require(0 < low <= high <= 1, self, "scale", "0 < low <= high <= 1")
+        low, high = self.ratio
+        _require(0 < low <= high, self, "ratio", "0 < low <= high")
+        low, high = self.blur_sigma
+        _require(0 <= low <= high, self, "blur_sigma", "0 <= low <= high")
+        _require(
+            self.interpolation in ("bicubic", "bilinear"),
+            self,
+            "interpolation",
+            "bicubic or bilinear",
+        )
+
+
+@dataclass(frozen=True)
+class EvalView:
+    """The same view at every visit: the short side resized to `resize`, then the centre cut out.
+
+    Without `crop` the image is resized to a square of side `resize`, whatever its shape. Sizes are
+    rounded as torchvision's Resize and CenterCrop round them.
+
+    Raises:
+        UserError: a value is out of its range.
+    """
+
+    resize: int
+    """Pixels."""
+    crop: int | None = None
+    """Pixels a side, at most `resize`."""
+    interpolation: Interpolation = "bicubic"
+
+    def __post_init__(self) -> None:
+        _require(self.resize >= 1, self, "resize", "at least 1 pixel")
+        crop = self.resize if self.crop is None else self.crop
+        _require(1 <= crop <= self.resize, self, "crop", f"within 1..resize = {self.resize}")
+        _require(
+            self.interpolation in ("bicubic", "bilinear"),
+            self,
+            "interpolation",
+            "bicubic or bilinear",
+        )
+
+    @property
+    def size(self) -> int:
+        """Pixels a side."""
+        return self.resize if self.crop is None else self.crop
+
+
+Recipe = Sequence[Sequence[View]]
+
+
+def dino_views(
+    global_crops_size: int = 224,
+    global_crops_scale: tuple[float, float] = (0.4, 1.0),
+    local_crops_number: int = 8,
+    local_crops_size: int = 96,
+    local_crops_scale: tuple[float, float] = (0.05, 0.4),
+    color_jitter_prob: float = 0.8,
+    brightness: float = 0.4,
+    contrast: float = 0.4,
+    saturation: float = 0.2,
+    hue: float = 0.1,
+    grayscale_prob: float = 0.2,
+    global1_blur_prob: float = 1.0,
+    global2_blur_prob: float = 0.1,
+    local_blur_prob: float = 0.5,
+    blur_sigma: tuple[float, float] = (0.1, 2.0),
+    solarize_prob: float = 0.2,
+    interpolation: Interpolation = "bicubic",
+) -> list[list[View]]:
+    """DINO's multi-crop (Caron et al., 2021, appendix; dino/main_dino.py DataAugmentationDINO).
+
+    Returns two groups: two global views, of which the second alone is solarized, and
+    `local_crops_number` local views.
+    """
+    shared = {
+        "interpolation": interpolation,
+        "jitter": color_jitter_prob,
+        "brightness": brightness,
+        "contrast": contrast,
+        "saturation": saturation,
+        "hue": hue,
+        "grayscale": grayscale_prob,
+        "blur_sigma": blur_sigma,
+    }
+    large = {"size": global_crops_size, "scale": global_crops_scale, **shared}
+    small = {"size": local_crops_size, "scale": local_crops_scale, **shared}
+    return [
+        [
+            View(**large, blur=global1_blur_prob),
+            View(**large, blur=global2_blur_prob, solarize=solarize_prob),
+        ],
+        [View(**small, blur=local_blur_prob)] * local_crops_number,
+    ]
+
+
+def simclr_views(size: int = 224, strength: float = 1.0, blur: float = 0.5) -> list[list[View]]:
+    """SimCLR's two equal views (Chen et al., 2020, appendix A).
+
+    The blur's sigma is meant for 224 pixels.
+    """
+    view = View(
+        size,
+        (0.08, 1.0),
+        jitter=0.8,
+        brightness=0.8 * strength,
+        contrast=0.8 * strength,
+        saturation=0.8 * strength,
+        hue=0.2 * strength,
+        grayscale=0.2,
+        blur=blur,
+    )
+    return [[view, view]]
+
+
+def supervised_views(
+    size: int = 224,
+    scale: tuple[float, float] = (0.08, 1.0),
+    interpolation: Interpolation = "bicubic",
+    simple_crop: bool = False,
+) -> list[list[View]]:
+    """One crop and flip: linear probes and plain fine-tuning."""
+    return [[View(size, scale, interpolation=interpolation, simple_crop=simple_crop)]]
+
+
+def three_augment_views(
+    size: int = 224,
+    scale: tuple[float, float] = (0.08, 1.0),
+    simple_crop: bool = False,
+    jitter: float = 0.3,
+    interpolation: Interpolation = "bicubic",
+) -> list[list[View]]:
+    """3-Augment (Touvron et al., "DeiT III", 2022, section 3): one view.
+
+    A crop and flip; one of grayscale, solarize and blur; jitter of brightness, contrast and
+    saturation. `simple_crop` is the paper's Simple Random Crop, else a random resized crop.
+    """
+    view = View(
+        size,
+        scale,
+        interpolation=interpolation,
+        simple_crop=simple_crop,
+        one_of=True,
+        jitter=float(jitter > 0),
+        brightness=jitter,
+        contrast=jitter,
+        saturation=jitter,
+    )
+    return [[view]]
+
+
+def _require(holds: bool, view: View | EvalView, name: str, expected: str) -> None:
+    if not holds:
+        raise UserError(
+            f"{type(view).__name__}.{name}: expected {expected}, got {getattr(view, name)}"
+        )

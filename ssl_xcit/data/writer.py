@@ -1,0 +1,284 @@
+"""Writing of .beton files."""
+
+import json
+import sys
+import time
+import warnings
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import BinaryIO, Literal, TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+from ssl_xcit.data.beton import (
+    FIELD,
+    HEADER,
+    IMAGE,
+    IMAGE_FIELD,
+    INT_FIELD,
+    MAGIC,
+    PAGE,
+    REFERENCE,
+    TABLE,
+    VERSION,
+    _index_crc,
+    _round_up,
+)
+from ssl_xcit.data.images import (
+    ENCODED,
+    EXTRANEOUS,
+    KEPT,
+    BrokenImageError,
+    Encoding,
+    Source,
+    Stored,
+    encode,
+    open_source,
+)
+from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.runtime.files import new_file
+from ssl_xcit.runtime.processor import usable_cores
+
+Result = TypeVar("Result")
+
+
+def write_beton(
+    source: str | Path,
+    out: str | Path,
+    *,
+    mode: Literal["auto", "jpg", "raw"] = "auto",
+    max_side: int | None = None,
+    short_side: int | None = None,
+    quality: int = 90,
+    exif: Literal["ignore", "rotate"] = "ignore",
+    channels: int = 3,
+    check: Literal["full", "header"] = "full",
+    labels: bool = True,
+    split: Literal["train", "test"] | None = None,
+    root: str | Path | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    skip_broken: bool = False,
+    overwrite: bool = False,
+    workers: int = 0,
+    progress: bool = True,
+) -> dict:
+    """Store the images of `source` in the file `out`, bit for bit the same for any `workers`.
+
+    A JPEG that is plain RGB or gray, and is not to be shrunk or rotated, is stored as the bytes it
+    is; all else is decoded by Pillow (first frame, 16 bits to 8, CMYK to RGB, transparency over
+    white) and stored as pixels or encoded as JPEG.
+
+    Args:
+        source: a folder of images (a folder per class, flat, or nested), or one of `DATASETS`.
+            Labels are the sorted folder names if every image lies exactly one folder deep.
+        out: the file; it appears complete (temporary file, fsync, rename) or not at all.
+        mode: jpg, raw (pixels), or auto: JPEGs as JPEG, others raw up to 64 × 64, else as JPEG.
+        max_side, short_side: shrink images whose longer (shorter) side has more pixels than that.
+        quality: of the JPEGs encoded here, 1 to 100.
+        exif: ignore orientation tags, as DINO's own data loading does, or rotate by them.
+        channels: 3 (RGB), 1 (gray) or another number, then of .npy files: uint8, (h, w, channels).
+            All but 3 are stored raw, and only we can read them, not stock ffcv.
+        check: full decodes the JPEGs that are stored as they are, header trusts them.
+        labels: False ignores the folders' names.
+        split: train (default) or test, of a dataset by name.
+        root: torchvision's folder of the dataset, default data/ (it downloads what is missing);
+            for FashionMNIST the Debian package dataset-fashion-mnist comes first.
+        limit: store a random subset of so many images, chosen by `seed`, in the source's order.
+        skip_broken: leave out what cannot be read instead of writing nothing.
+        overwrite: replace an existing file.
+        workers: threads, 0 for one per core that this process may use.
+        progress: say on stderr what is decided and found, with a bar on a terminal.
+
+    Returns:
+        out, samples, bytes, classes, modes, notes (how many images had what), broken, seconds.
+
+    Raises:
+        UserError: bad arguments, nothing to store, broken images, or `out` cannot be written.
+    """
+    started = time.monotonic()
+    encoding = Encoding(mode, max_side, short_side, quality, exif, channels, check)
+    if limit is not None and limit < 1:
+        raise UserError(f"limit must be at least 1, got {limit}")
+    with new_file(Path(out), overwrite) as file:
+        images = open_source(source, labels, split, root)
+        chosen = np.arange(images.size)
+        if limit is not None:
+            # RandomState's numbers are frozen by numpy's policy, a Generator's are not
+            chosen = np.sort(np.random.RandomState(seed).permutation(images.size)[:limit])
+        beton = _BetonWriter(file, len(chosen), images.labels is not None)
+        info = {
+            "channels": channels,
+            "class_names": images.class_names,
+            "source": images.description,
+            "options": {**asdict(encoding), "limit": limit, "seed": seed},
+        }
+        info |= _store_images(
+            beton, images, chosen.tolist(), encoding, skip_broken, workers, progress
+        )
+        size = beton.finish(info)
+    jpg = info["notes"].get(KEPT, 0) + info["notes"].get(ENCODED, 0)
+    return {
+        "out": str(out),
+        "samples": beton.count,
+        "bytes": size,
+        "classes": None if images.class_names is None else len(images.class_names),
+        "modes": {"jpg": jpg, "raw": beton.count - jpg},
+        "notes": info["notes"],
+        "broken": info["broken"],
+        "seconds": time.monotonic() - started,
+    }
+
+
+def _store_images(
+    beton: "_BetonWriter",
+    images: Source,
+    chosen: Sequence[int],
+    encoding: Encoding,
+    skip_broken: bool,
+    workers: int,
+    progress: bool,
+) -> dict:
+    """Encodes the chosen images into `beton`; returns the `notes` and `broken` of `Beton.info`."""
+
+    def say(line: str) -> None:
+        if progress:
+            tqdm.write(line, file=sys.stderr)
+
+    def encoded(i: int) -> Stored | BrokenImageError:
+        try:
+            return encode(images.read(i), encoding)
+        except UserError:
+            raise
+        # Any file may run into any bug of any decoder, and each must be reported by its name
+        except Exception as error:
+            return BrokenImageError(str(error) or type(error).__name__)
+
+    say(f"{len(chosen):,} images of {images.description}")
+    notes: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    broken: list[str] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, about odd EXIF data, without a file's name
+        for i, image in in_order(encoded, chosen, workers, "write", progress):
+            if isinstance(image, BrokenImageError):
+                broken.append(f"{images.name(i)}: {image}")
+                say(f"broken: {broken[-1]}")
+                continue
+            for note in image.notes:
+                notes[note] += 1
+                examples.setdefault(note, images.name(i))
+            if EXTRANEOUS in image.notes:
+                say(f"{EXTRANEOUS}: {images.name(i)}")
+            if skip_broken or not broken:  # else nothing will be written, but all is checked
+                beton.append(image, 0 if images.labels is None else int(images.labels[i]))
+    if broken and not skip_broken:
+        raise UserError(
+            f"{len(broken):,} of {len(chosen):,} images are broken, nothing written: "
+            f"{'; '.join(broken[:3])}{' ...' if broken[3:] else ''}; "
+            "repair or remove them, or pass --skip-broken"
+        )
+    if len(broken) == len(chosen):
+        raise UserError(f"none of the {len(chosen):,} images of {images.description} can be read")
+    for note, count in sorted(notes.items()):
+        say(f"{count:,} x {note}, e.g. {examples[note]}")
+    return {"notes": dict(sorted(notes.items())), "broken": broken}
+
+
+def place(position: int, size: int) -> tuple[int, int]:
+    """(start, page size) of an image of `size` bytes, at or after `position`.
+
+    An image that would cross a boundary of its page size, PAGE or the next power of two that holds
+    it, starts at that boundary. With the largest page size of all images as the file's, none
+    crosses a page: boundaries of larger pages are boundaries of smaller ones too.
+    """
+    page = max(PAGE, 1 << (size - 1).bit_length())
+    if position % page + size > page:
+        position = _round_up(position, page)
+    return position, page
+
+
+class _BetonWriter:
+    """Lays out a file of at most `capacity` images; images are streamed, the index is kept."""
+
+    def __init__(self, file: BinaryIO, capacity: int, with_labels: bool) -> None:
+        self.file, self.count, self.page_size = file, 0, PAGE
+        self.fields = np.zeros(1 + with_labels, FIELD)
+        self.fields["type_id"] = [IMAGE_FIELD, INT_FIELD][: 1 + with_labels]
+        self.fields["name"] = [b"image", b"label"][: 1 + with_labels]
+        record = np.dtype([("image", IMAGE), ("label", "<i8")][: 1 + with_labels], align=True)
+        self.samples = np.zeros(capacity, record)
+        self.table = np.zeros(capacity, TABLE)
+        self.checksums = np.zeros(capacity, "<u4")
+        self.samples_start = HEADER.itemsize + self.fields.nbytes
+        self.position = _round_up(self.samples_start + self.samples.nbytes, PAGE)
+
+    def append(self, image: Stored, label: int) -> None:
+        start, page = place(self.position, len(image.data))
+        self.page_size = max(self.page_size, page)
+        sample = self.samples[self.count]
+        sample["image"] = (image.mode, image.width, image.height, start)
+        if "label" in self.samples.dtype.names:
+            sample["label"] = label
+        self.table[self.count] = (self.count, start, len(image.data))
+        self.checksums[self.count] = zlib.crc32(image.data)
+        self.file.seek(start)
+        self.file.write(image.data)
+        self.position = start + len(image.data)
+        self.count += 1
+
+    def finish(self, info: dict) -> int:
+        """Write notes, table, samples and header; returns the file's bytes."""
+        samples, table = self.samples[: self.count], self.table[: self.count]
+        text = json.dumps(info).encode()
+        notes_start = _round_up(self.position, 8)
+        padding = bytes(-len(text) % 8)
+        notes = text + padding + self.checksums[: self.count].tobytes()
+        table_start = _round_up(notes_start + len(notes), 8)
+        header = np.array(
+            (VERSION, len(self.fields), self.page_size, self.count, table_start), HEADER
+        )
+        crc = _index_crc(header, self.fields, samples, table)
+        reference = np.array((MAGIC, notes_start, len(text), zlib.crc32(notes), crc), REFERENCE)
+        self.fields["arguments"][0, : REFERENCE.itemsize] = np.frombuffer(reference, np.uint8)
+        for start, part in ((notes_start, notes), (table_start, table), (0, header)):
+            self.file.seek(start)
+            self.file.write(part)
+        self.file.write(self.fields)
+        self.file.write(samples)
+        return table_start + table.nbytes
+
+
+def in_order(
+    function: Callable[[int], Result],
+    indices: Sequence[int],
+    workers: int,
+    name: str,
+    progress: bool,
+) -> Iterator[tuple[int, Result]]:
+    """(i, function(i)) in the given order, computed by threads, with a bar on a terminal.
+
+    Threads suffice: reading, decoding and checksums release the interpreter's lock. Only few
+    results wait, since they hold images.
+    """
+    if workers < 0:
+        raise UserError(f"workers must be 0 or more, got {workers}")
+    workers = workers or usable_cores()
+    hidden = not (progress and sys.stderr.isatty())
+    waiting = deque()
+    with (
+        ThreadPoolExecutor(workers) as pool,
+        tqdm(total=len(indices), desc=name, unit=" images", disable=hidden) as bar,
+    ):
+        for k in range(len(indices) + 4 * workers):
+            if k < len(indices):
+                waiting.append((indices[k], pool.submit(function, indices[k])))
+            if k >= 4 * workers:
+                i, future = waiting.popleft()
+                yield i, future.result()
+                bar.update()

@@ -1,0 +1,280 @@
+"""The settings of a pretraining; the defaults are those of the DINO paper and its main_dino.py."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from ssl_xcit.models.variants import check_arch
+from ssl_xcit.runtime import options
+from ssl_xcit.runtime.config import Interpolation, check, check_range, over_recipes
+from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.training.config import Run
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Views of an image"""
+
+    global_crops_size: int = 224
+    """Side of the two global views, pixels."""
+    global_crops_scale: tuple[float, float] = (0.4, 1.0)
+    """Share of the image's area that a global view covers: low, high."""
+    local_crops_number: int = 8
+    """Local views per image; 0 trains on the two global views alone."""
+    local_crops_size: int = 96
+    """Side of the local views, pixels."""
+    local_crops_scale: tuple[float, float] = (0.05, 0.4)
+    """Share of the image's area that a local view covers: low, high."""
+    interpolation: Interpolation = "bicubic"
+    """How a crop is resized (antialiased, as Pillow does it)."""
+    color_jitter_prob: float = 0.8
+    """Probability of colour jitter, per view."""
+    brightness: float = 0.4
+    """Jitter: factor from [1 - this, 1 + this]."""
+    contrast: float = 0.4
+    """Jitter: factor from [1 - this, 1 + this]."""
+    saturation: float = 0.2
+    """Jitter: factor from [1 - this, 1 + this]."""
+    hue: float = 0.1
+    """Jitter: shift from [-this, this], in turns of the colour circle."""
+    grayscale_prob: float = 0.2
+    """Probability of grayscale, per view."""
+    global1_blur_prob: float = 1.0
+    """Probability of Gaussian blur, first global view."""
+    global2_blur_prob: float = 0.1
+    """Probability of Gaussian blur, second global view."""
+    local_blur_prob: float = 0.5
+    """Probability of Gaussian blur, local views."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Standard deviation of the blur, pixels: low, high."""
+    solarize_prob: float = 0.2
+    """Probability of solarisation, second global view."""
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    """Subtracted from each channel (pixel values in [0, 1])."""
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    """Divides each channel after that."""
+    crops_in_turn: bool = False
+    """Global crops go through their backward pass before local ones are looked at: less memory."""
+
+    def __post_init__(self) -> None:
+        check(self, ">= 1", "global_crops_size", "local_crops_size")
+        check(self, ">= 0", "local_crops_number", "brightness", "contrast", "saturation")
+        check(self, "in (0, 1]", "global_crops_scale", "local_crops_scale")
+        check(self, "in [0, 1]", "color_jitter_prob", "grayscale_prob", "solarize_prob")
+        check(self, "in [0, 1]", "global1_blur_prob", "global2_blur_prob", "local_blur_prob")
+        check(self, "in [0, 0.5]", "hue")
+        check(self, "> 0", "blur_sigma", "std")
+        check_range(self, "global_crops_scale", "local_crops_scale", "blur_sigma")
+
+    def view_arguments(self) -> dict[str, options.Value]:
+        """The arguments of `augment.dino_views`: all but what happens to the views."""
+        others = ("mean", "std", "crops_in_turn")
+        return {k: v for k, v in options.flat(self).items() if k not in others}
+
+
+@dataclass(frozen=True)
+class Model:
+    """Backbone"""
+
+    drop_path_rate: float = 0.1
+    """Stochastic depth of the student: the same rate in every block."""
+    in_chans: int = 3
+    """Channels of an image."""
+    init_from: str = ""
+    """Start from these weights: a full checkpoint (a run's, DINO's) or a backbone of any format."""
+    init_parts: Literal["all", "backbone"] = "all"
+    """Of init_from: backbone, head and center as far as it holds them, or the backbone alone."""
+
+    def __post_init__(self) -> None:
+        check(self, "in [0, 1)", "drop_path_rate")
+        check(self, ">= 1", "in_chans")
+
+
+@dataclass(frozen=True)
+class Head:
+    """Projection head"""
+
+    out_dim: int = 65536
+    """Prototypes: outputs of the head. Fewer (1024 to 16384) suit small data."""
+    norm_last_layer: bool = True
+    """Keep the last layer's weights at unit norm; false often learns better, less stably."""
+    use_bn_in_head: bool = False
+    """BatchNorm after the head's hidden layers."""
+    head_layers: int = 3
+    """Linear layers before the last one."""
+    head_hidden_dim: int = 2048
+    """Width of the hidden layers."""
+    head_bottleneck_dim: int = 256
+    """Width of the normalised vector that the prototypes are compared with."""
+    prototype_chunk: int = 0
+    """Prototypes whose logits exist at a time, for memory independent of out_dim; 0: all."""
+
+    def __post_init__(self) -> None:
+        check(self, ">= 0", "prototype_chunk")
+        check(self, ">= 1", "out_dim", "head_layers", "head_hidden_dim", "head_bottleneck_dim")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Loss and teacher"""
+
+    student_temp: float = 0.1
+    """Softmax temperature of the student."""
+    warmup_teacher_temp: float = 0.04
+    """Softmax temperature of the teacher at the start."""
+    teacher_temp: float = 0.04
+    """Softmax temperature of the teacher after its warm-up."""
+    warmup_teacher_temp_epochs: int = 0
+    """Epochs over which the teacher's temperature goes from one to the other."""
+    center_momentum: float = 0.9
+    """Momentum of the centre subtracted from the teacher's logits."""
+    momentum_teacher: float = 0.996
+    """Momentum of the teacher at the start (cosine to 1); 0.9995 suits batches of 256."""
+
+    def __post_init__(self) -> None:
+        check(self, "> 0", "student_temp", "warmup_teacher_temp", "teacher_temp")
+        check(self, ">= 0", "warmup_teacher_temp_epochs")
+        check(self, "in [0, 1]", "center_momentum", "momentum_teacher")
+
+
+@dataclass(frozen=True)
+class Optim:
+    """Optimisation"""
+
+    optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
+    """Which optimiser."""
+    lr: float = 5e-4
+    """Peak learning rate for a global batch of 256; scaled linearly with the global batch."""
+    min_lr: float = 1e-6
+    """Learning rate at the end (cosine), not scaled."""
+    warmup_epochs: int = 10
+    """Epochs of linear warm-up from 0."""
+    weight_decay: float = 0.04
+    """Weight decay at the start."""
+    weight_decay_end: float = 0.4
+    """Weight decay at the end (cosine)."""
+    clip_grad: float = 3.0
+    """Largest gradient norm; 0 = no clipping."""
+    clip_mode: Literal["parameter", "global"] = "parameter"
+    """Norm of each parameter tensor (as DINO) or of all of them together."""
+    freeze_last_layer: int = 1
+    """Epochs during which the head's last layer stays as initialised."""
+    epochs: int = 100
+    """Passes over the images."""
+    batch_size_per_gpu: int = 64
+    """Images per rank and micro-batch."""
+    accumulation_steps: int = 1
+    """Micro-batches per step. Global batch = batch_size_per_gpu x accumulation_steps x ranks."""
+
+    def __post_init__(self) -> None:
+        check(self, "> 0", "lr")
+        check(self, ">= 0", "min_lr", "warmup_epochs", "weight_decay", "weight_decay_end")
+        check(self, ">= 0", "clip_grad", "freeze_last_layer")
+        check(self, ">= 1", "epochs", "batch_size_per_gpu", "accumulation_steps")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """k-NN probe during training"""
+
+    every: int = 0
+    """Epochs between two probes; 0 = none."""
+    probe_train: str = ""
+    """Labelled images that vote: a .beton or a folder of class folders."""
+    probe_test: str = ""
+    """Labelled images that are classified: a .beton or a folder of class folders."""
+    probe_k: int = 20
+    """Neighbours that vote."""
+    probe_resize: int = 256
+    """Shorter side after resizing, pixels."""
+    probe_crop: int = 224
+    """Side of the central crop, pixels."""
+    probe_limit: int = 10_000
+    """Images of each of the two to look at, at most: a subset drawn by the seed; 0 = all."""
+
+    def __post_init__(self) -> None:
+        check(self, ">= 0", "every", "probe_limit")
+        check(self, ">= 1", "probe_k", "probe_resize", "probe_crop")
+        if self.probe_crop > self.probe_resize:
+            raise UserError(
+                f"probe_crop must be <= probe_resize ({self.probe_resize}), got {self.probe_crop}"
+            )
+        if self.every and not (self.probe_train and self.probe_test):
+            raise UserError(
+                f"probe.every is {self.every}, so probe_train and probe_test must name betons"
+            )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Pretrain an XCiT with DINO on the images of a .beton file."""
+
+    arch: str
+    """xcit_SIZE_p16 or xcit_SIZE_p8 with SIZE one of nano_12, tiny_12, tiny_24, small_12, small_24,
+    medium_24, large_24; its recipe in configs/pretrain/ is loaded."""
+    data: str
+    """The .beton file with the images (ssl-xcit data write makes one)."""
+    out: str
+    """The run folder; the same command again continues the run in it."""
+    seed: int = 0
+    """Of everything random."""
+    crops: Crops = field(default_factory=Crops)
+    model: Model = field(default_factory=Model)
+    head: Head = field(default_factory=Head)
+    loss: Loss = field(default_factory=Loss)
+    optim: Optim = field(default_factory=Optim)
+    run: Run = field(default_factory=Run)
+    probe: Probe = field(default_factory=Probe)
+
+    def __post_init__(self) -> None:
+        check_arch(self.arch)
+        check(self, "in [0, 2^63)", "seed")
+        for name in ("mean", "std"):
+            value = getattr(self.crops, name)
+            if len(value) != self.model.in_chans:
+                raise UserError(
+                    f"{name} must have in_chans = {self.model.in_chans} numbers, got "
+                    f"{options.as_text(value)}"
+                )
+        if self.crops.crops_in_turn and self.head.use_bn_in_head:
+            raise UserError(
+                "head.use_bn_in_head normalises over all views at once, crops.crops_in_turn takes "
+                "them size by size: switch one of them off"
+            )
+
+
+def read_crops(path: str | Path) -> Crops:
+    """The views of a training with this --config: a recipe, or a run's config.yaml.
+
+    Nothing else need be in the file. Raises UserError.
+    """
+    values = options.read_file(TrainConfig, Path(path))
+    values = over_recipes(TrainConfig, ["pretrain/{arch}.yaml"], values)
+    return Crops(**options.nested(values).get("crops", {}))
+
+
+IMAGENET = 1_281_167  # training images of ImageNet-1k
+
+
+@dataclass(frozen=True)
+class PlanConfig(TrainConfig):
+    """Foretell what a pretraining costs; every option of main_dino.py, and the machine's."""
+
+    data: str = ""
+    """Not needed: --images says how many images there are."""
+    out: str = ""
+    """Not needed: nothing is written."""
+    gpus: int = 8
+    """Ranks."""
+    images: int = IMAGENET
+    """Training images; by default ImageNet-1k's."""
+    tflops: float = 312.0
+    """Of one GPU at its peak in the precision of the run, 10^12 FLOP/s (A100, dense bf16: 312)."""
+    utilisation: float = 0.3
+    """Share of the peak that the training reaches: an assumption until you have measured it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, ">= 1", "gpus", "images")
+        check(self, "> 0", "tflops")
+        check(self, "in (0, 1]", "utilisation")

@@ -1,0 +1,53 @@
+"""The projection head."""
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ssl_xcit.operators.linear import Linear, initialise
+from ssl_xcit.operators.prototypes import WeightNormLinear
+
+
+class DINOHead(nn.Module):
+    """Projection head: an MLP to `bottleneck_dim`, L2 normalisation, weight-normed prototypes.
+
+    `nlayers` Linear layers with `hidden_dim` between them, each but the last followed by
+    [BatchNorm1d] and GELU; a single Linear, called `mlp`, when `nlayers` is 1. With
+    `norm_last_layer` the norms `weight_g` of the prototypes stay 1; without, they are trained,
+    which is better and less stable. Keys: `mlp.{0,2,4}` (`mlp.{0,3,6}` with BatchNorm between),
+    `last_layer.weight_{g,v}`.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        use_bn: bool = False,
+        norm_last_layer: bool = True,
+        nlayers: int = 3,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+    ) -> None:
+        super().__init__()
+        widths = [in_dim, *[hidden_dim] * (nlayers - 1), bottleneck_dim]
+        layers: list[nn.Module] = []
+        for before, after in itertools.pairwise(widths[:-1]):
+            norm = [nn.BatchNorm1d(after)] if use_bn else []
+            layers += [Linear(before, after), *norm, nn.GELU()]
+        last = Linear(widths[-2], bottleneck_dim)
+        self.mlp = nn.Sequential(*layers, last) if layers else last
+        initialise(self.mlp)
+        self.last_layer = WeightNormLinear(bottleneck_dim, out_dim, not norm_last_layer)
+
+    def forward(self, x: Float[Tensor, "b d"]) -> Float[Tensor, "b k"]:
+        """Logits of the `out_dim` prototypes."""
+        return self.last_layer(self.unit_vectors(x))
+
+    def unit_vectors(self, x: Float[Tensor, "b d"]) -> Float[Tensor, "b e"]:
+        """What the prototypes are compared with: the MLP's outputs, each of length 1."""
+        x = self.mlp(x)
+        # in float32 at least: half precision would round the unit sphere coarsely
+        return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)

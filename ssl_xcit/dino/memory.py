@@ -1,0 +1,209 @@
+"""Memory of a pretraining step, by running the step on tensors that have sizes but no contents.
+
+Every operator of the forward passes, the loss, the backward pass and the optimiser is dispatched,
+none is computed (torch's FakeTensorMode), and the bytes of all living storages are summed after
+each of them. So the estimate follows from the model's own code, whatever an operator keeps for its
+gradient, at any size, in seconds and without the memory.
+
+Left out, since no operator's result: scratch memory inside of operators, an allocator's rounding
+and gaps, CUDA's own context, NCCL's buffers, the loader, and what torch.compile changes.
+benchmarks/plan_memory.py measures how much the first two are on a CPU: the plan is 0.4 to 3.2 %
+above the process's peak in float32, and up to 10 % below it in bf16, whose kernels there copy.
+"""
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ssl_xcit.dino.config import TrainConfig
+from ssl_xcit.dino.health import batch_means
+from ssl_xcit.dino.loss import DINOLoss
+from ssl_xcit.dino.networks import MultiCropWrapper, dino_network, split_crops
+from ssl_xcit.models.layers import FourierPositions
+from ssl_xcit.runtime.precision import autocast, foretold
+from ssl_xcit.training.optim import build_optimizer, clip_gradients, parameter_groups
+
+
+class TrainingMemory(NamedTuple):
+    """Bytes on one rank. The first six stay; the last two come on top, one after the other."""
+
+    student: int  # parameters and BatchNorm's running statistics
+    teacher: int
+    centre: int
+    optimizer: int
+    images: int  # the views of a micro-batch in float32, on a GPU also the bytes that arrived
+    gradients: int  # 0 where they exist from the backward pass to the update only
+    passes: int  # most that is alive beside them: activations, logits, gradients that come and go
+    update: int  # gradients that do not stay, and what the optimiser and the teacher need meanwhile
+
+    @property
+    def resident(self) -> int:
+        """What stays."""
+        return sum(self[:6])
+
+    @property
+    def peak(self) -> int:
+        """Most bytes alive at any moment of a step."""
+        return self.resident + max(self.passes, self.update)
+
+
+def training_memory(config: TrainConfig, world_size: int, cuda: bool) -> TrainingMemory:
+    """Memory of one rank of `world_size`, training as `config` says.
+
+    Gradients stay where several micro-batches add up to one, and in DistributedDataParallel's
+    buckets; a single rank frees them after each update. What bf16 autocast rounds is what it does
+    on CPUs, which for these operators is what it does on GPUs.
+    """
+    precision = foretold(config.run.precision, cuda)
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, precision=precision))
+    _prepare_positions(config)
+    with torch.device("meta"):
+        student, teacher = dino_network(config), dino_network(config)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        student, teacher = student.to_empty(device="cpu"), teacher.to_empty(device="cpu")
+        teacher.requires_grad_(False)
+        # On a CPU, samples that drop a branch are left out of its work; which do is in contents
+        # that these tensors do not have. To 2 %, a step in which none does needs the most, if it
+        # takes the sizes of crops apart as drop path does there. A GPU joins them, and leaves no
+        # sample out.
+        student.backbone.activation_checkpointing = config.run.activation_checkpointing
+        if cuda:
+            student.backbone.join_sizes = not config.run.activation_checkpointing
+        elif config.model.drop_path_rate > 0:
+            student.backbone.join_sizes = False
+        student.backbone.drop_path_rate = teacher.backbone.drop_path_rate = 0.0
+        loss, crops = DINOLoss(config.head.out_dim), _crops(config)
+        optimizer = build_optimizer(config.optim.optimizer, parameter_groups(student))
+        optimizer.found_inf = torch.zeros(())
+        trained = [p for p in student.parameters() if p.requires_grad]
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter)
+        optimizer.step()  # makes its moments
+        moments = [t for state in optimizer.state.values() for t in state.values()]
+        moments = [tensor for tensor in moments if isinstance(tensor, Tensor)]
+        gradients = _bytes(trained)
+        stay = world_size > 1 or config.optim.accumulation_steps > 1
+        if not stay:
+            optimizer.zero_grad(set_to_none=True)
+        held = [*_tensors(student), *_tensors(teacher), loss.center, *crops, *moments]
+        with LiveBytes([*held, *_gradients(trained)]) as passes:
+            forward_backward(config, student, teacher, loss, crops)
+        with LiveBytes([*held, *_gradients(trained)]) as update:
+            clip_gradients(trained, config.optim.clip_grad, config.optim.clip_mode)
+            optimizer.step()
+    networks = _tensors(student)
+    # On a GPU the teacher's move is made as a whole, after the gradients have gone if they do.
+    teacher_move = _bytes(student.parameters()) if cuda else 0
+    return TrainingMemory(
+        student=_bytes(networks),
+        teacher=_bytes(networks),
+        centre=_bytes([loss.center]),
+        optimizer=_bytes(moments),
+        images=_bytes(crops) * 5 // 4 if cuda else _bytes(crops),
+        gradients=gradients if stay else 0,
+        passes=passes.peak,
+        update=max(update.peak + (0 if stay else gradients), teacher_move),
+    )
+
+
+def forward_backward(
+    config: TrainConfig,
+    student: MultiCropWrapper,
+    teacher: MultiCropWrapper,
+    dino_loss: DINOLoss,
+    crops: list[Tensor],
+) -> None:
+    """A micro-batch's part of a step, as `Pretraining.loss` and the engine do it."""
+    temperature = config.loss.teacher_temp
+    lower = autocast(torch.device("cpu"), config.run.precision)
+    with lower, torch.no_grad():
+        teacher_features = teacher.backbone(crops[0].flatten(0, 1))
+        teacher_logits = teacher.head(teacher_features)
+    n, temperatures = config.optim.batch_size_per_gpu, (dino_loss.student_temp, temperature)
+    student_logits = []
+    for part in split_crops(crops, None, config.crops.crops_in_turn):
+        if student_logits:
+            loss.backward()
+        with lower:
+            logits = student(part.crops)
+            loss = dino_loss(logits, teacher_logits, temperature, part.views, part.total)
+        student_logits += logits.detach().split(n)
+    views = student_logits, teacher_logits.split(n)
+    batch_means(loss, *views, teacher_features, dino_loss.center, temperatures)  # if logged
+    del logits, student_logits, views
+    loss.backward()
+
+
+def crop_groups(config: TrainConfig) -> list[tuple[int, int]]:
+    """(views, side in pixels) of each pass through the student's backbone; the first is global."""
+    crops = config.crops
+    groups = [(2, crops.global_crops_size), (crops.local_crops_number, crops.local_crops_size)]
+    return [group for group in groups if group[0]]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Sums the bytes of the storages that operators bring to life; `peak` is their largest sum.
+
+    A storage counts until Python and autograd have both let go of it. Those of `held` do not count.
+    """
+
+    def __init__(self, held: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.peak = self._live = 0
+        self._held = list(held)
+        self._known = {tensor.untyped_storage()._cdata for tensor in self._held}
+
+    def __torch_dispatch__(
+        self, operator: Callable, types: object, args: tuple = (), kwargs: Mapping | None = None
+    ) -> object:
+        result = operator(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self._live += size
+        self.peak = max(self.peak, self._live)
+        weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._live -= size
+
+
+def _prepare_positions(config: TrainConfig) -> None:
+    # The model computes a grid's Fourier features once per process. They must be real ones, or the
+    # first real forward afterwards would meet tensors without contents.
+    patch_size = int(config.arch.rpartition("_p")[2])
+    for _, side in crop_groups(config):
+        grid = -(-side // patch_size)
+        FourierPositions(1)(grid, grid, torch.device("cpu"))
+
+
+def _crops(config: TrainConfig) -> list[Tensor]:
+    n, channels = config.optim.batch_size_per_gpu, config.model.in_chans
+    return [torch.empty(views, n, channels, side, side) for views, side in crop_groups(config)]
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

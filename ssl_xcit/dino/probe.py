@@ -1,0 +1,110 @@
+"""k-NN of the teacher while it trains, and the rank of its features."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import nn
+
+from ssl_xcit.data.datasets import check_datasets, evaluation_loader, open_images
+from ssl_xcit.data.views import EvalView
+from ssl_xcit.dino.config import TrainConfig
+from ssl_xcit.dino.health import rankme
+from ssl_xcit.evaluation.features import Features, extract_features
+from ssl_xcit.evaluation.knn import knn_accuracy
+from ssl_xcit.runtime.distributed import Distributed
+
+KINDS = ("cls", "patch")
+
+
+class Probe:
+    """k-NN of the teacher on a held-out set, in the training process.
+
+    It reads and changes nothing of the training's state. Of each set it looks at `probe_limit`
+    images at most, always the same ones.
+    """
+
+    def __init__(self, config: TrainConfig, ranks: Distributed) -> None:
+        self.config, self.device = config, ranks.device
+        sources = (config.probe.probe_train, config.probe.probe_test)
+        both = [open_images(path, config.model.in_chans) for path in sources]
+        check_datasets(*both)
+        view = EvalView(config.probe.probe_resize, config.probe.probe_crop)
+        self.train, self.test = (
+            evaluation_loader(
+                images,
+                view,
+                128,
+                ranks,
+                num_threads=config.run.num_workers,
+                dtype=torch.float32 if ranks.device.type == "cpu" else torch.uint8,
+                mean=config.crops.mean,
+                std=config.crops.std,
+                subset=some_images(len(images), config.probe.probe_limit, config.seed),
+            )
+            for images in both
+        )
+
+    def __call__(
+        self, backbone: nn.Module, wrap: Callable[[Iterable], Iterable] = lambda loader: loader
+    ) -> dict[str, float]:
+        """Numbers for the log; the loaders' batches come through `wrap`. All ranks call it.
+
+        probe/top1_cls, probe/top1_patch: top-1 in percent by each kind of feature. health/rankme:
+        the effective rank of the voting images' cls tokens; health/rankme_share: over the largest
+        that it could be, min(images, dimensions).
+        """
+        precision = self.config.run.precision
+        train, test = (
+            extract_features(backbone, wrap(loader), KINDS, self.device, precision)
+            for loader in (self.train, self.test)
+        )
+        k = self.config.probe.probe_k
+        found = {f"probe/top1_{kind}": _top1(train, test, kind, k, self.device) for kind in KINDS}
+        features = train["cls"].features.to(self.device)
+        rank = rankme(features).item()
+        return found | {"health/rankme": rank, "health/rankme_share": rank / min(features.shape)}
+
+
+def some_images(size: int, limit: int, seed: int) -> Int64[np.ndarray, " n"]:
+    """`limit` of the numbers 0 .. size - 1, sorted, drawn by `seed`; all of them if limit is 0."""
+    if limit == 0 or limit >= size:
+        return np.arange(size)
+    return np.sort(np.random.default_rng(seed).choice(size, limit, replace=False))
+
+
+def knn_probe(
+    backbone: nn.Module,
+    train_loader: Iterable,
+    test_loader: Iterable,
+    which: Sequence[str],
+    k: int,
+    device: torch.device,
+    precision: str,
+    temperature: float = 0.07,
+) -> dict[str, float]:
+    """Top-1 in percent of each kind of feature; for a look at a model that goes on training.
+
+    Leaves the model as it was: every module's mode, BatchNorm's buffers, the generators. All ranks
+    call it, and each returns the same. Raises UserError as `knn_predictions` does.
+    """
+    train, test = (
+        extract_features(backbone, loader, which, device, precision)
+        for loader in (train_loader, test_loader)
+    )
+    return {kind: _top1(train, test, kind, k, device, temperature) for kind in which}
+
+
+def _top1(
+    train: dict[str, Features],
+    test: dict[str, Features],
+    kind: str,
+    k: int,
+    device: torch.device,
+    temperature: float = 0.07,
+) -> float:
+    """k-NN top-1 in percent."""
+    train, test = train[kind], test[kind]
+    rows = (train.features, train.labels, test.features, test.labels)
+    return knn_accuracy(*(tensor.to(device) for tensor in rows), (k,), temperature)[k][0]

@@ -1,0 +1,26 @@
+"""The teacher's update."""
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def update_teacher(
+    student: nn.Module, teacher: nn.Module, momentum: float, skip: Bool[Tensor, ""] | None = None
+) -> None:
+    """teacher = momentum teacher + (1 - momentum) student, over parameters, in place.
+
+    Buffers are left alone, as in DINO: the teacher runs in train mode, normalises by its own
+    batches and keeps its own BatchNorm statistics, of global views only. Where `skip` is true
+    nothing changes; a GPU is not waited for.
+    """
+    ours, theirs = list(teacher.parameters()), list(student.parameters())
+    assert len(ours) == len(theirs)
+    if skip is None or skip.device.type == "cpu":
+        if skip is None or not skip:
+            torch._foreach_lerp_(ours, theirs, 1 - momentum)
+        return
+    steps = torch._foreach_sub(theirs, ours)
+    torch._foreach_mul_(steps, torch.where(skip, 0.0, 1 - momentum))
+    torch._foreach_add_(ours, steps)

@@ -1,0 +1,1 @@
+"""Evaluations of frozen and of supervised networks."""

@@ -1,0 +1,177 @@
+"""k-NN classification of frozen features: DINO's weighted vote, searched in bounded memory.
+
+For a test image with the k most similar training images j (cosine similarity s_j, class y_j), the
+score of class c is the sum over j with y_j = c of exp(s_j / temperature): equation and defaults
+(temperature 0.07, k = 10, 20, 100, 200) as in DINO's eval_knn.py, after Wu et al. 2018
+(arXiv:1805.01978, section 3.4). Every choice among equals is defined, so that a result depends
+neither on the block size nor on the device:
+
+- equally similar training images: the one that comes first in the training set is nearer;
+- equally scored classes: the smaller class number ranks first.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float64, Int64, Real
+from torch import Tensor
+
+from ssl_xcit.runtime.errors import UserError
+
+GRID_BITS = 31  # similarities are rounded to multiples of 2^-31 = 4.7e-10
+INDEX_MASK = 2**31 - 1  # training images that a search can number
+BLOCK_ELEMENTS = 2**23  # of float64: 64 MiB
+
+
+def cosine_top_k(
+    train: Real[Tensor, "n d"], test: Real[Tensor, "m d"], k: int, chunk: int | None = None
+) -> tuple[Float64[Tensor, "m k"], Int64[Tensor, "m k"]]:
+    """Cosine similarities and indices of the min(k, n) nearest training rows, nearest first.
+
+    Works on blocks of `chunk` test rows by `chunk` training rows and keeps the best k of each test
+    row so far, so memory does not grow with m * n; by default each of the few blocks alive takes
+    at most 64 MiB. Inputs may be of any real type and need no normalisation; a zero vector has
+    similarity 0 to everything.
+
+    The products are summed in float64 and rounded to a grid of 2^-31, far finer than float32
+    features can tell apart and far coarser than float64's summation error, which does depend on
+    the block size. So equal vectors tie exactly. A rounded similarity and its index fit into one
+    int64 that orders by similarity first and by the lower index second; integers are all different,
+    so top-k has a single answer, whatever the blocks and the device.
+    """
+    chunk = chunk or max(1, min(int(BLOCK_ELEMENTS**0.5), BLOCK_ELEMENTS // train.size(1)))
+    best = [_nearest(train, queries, k, chunk) for queries in test.split(chunk)]
+    keys = torch.cat(best)
+    similarities = (keys >> GRID_BITS).double() / 2**GRID_BITS  # arithmetic shift: rounds down
+    return similarities, INDEX_MASK - (keys & INDEX_MASK)
+
+
+def _nearest(
+    train: Real[Tensor, "n d"], queries: Real[Tensor, "q d"], k: int, chunk: int
+) -> Int64[Tensor, "q k"]:
+    """The k largest (similarity, index) keys of each query, largest first."""
+    queries = _unit(queries)
+    best = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    for start in range(0, len(train), chunk):
+        block = _unit(train[start : start + chunk])
+        keys = (queries @ block.T).mul_(2**GRID_BITS).round_().long()  # (q, chunk)
+        order = torch.arange(start, start + len(block), device=keys.device)
+        keys.bitwise_left_shift_(GRID_BITS).add_(INDEX_MASK - order)
+        nearest = keys.topk(min(k, len(block)), sorted=False).values
+        candidates = torch.cat((best, nearest), dim=1)
+        best = candidates.topk(min(k, candidates.size(1))).values
+    return best
+
+
+def _unit(rows: Real[Tensor, "n d"]) -> Float64[Tensor, "n d"]:
+    return F.normalize(rows.double(), dim=1)
+
+
+def weighted_vote(
+    similarities: Real[Tensor, "m neighbours"],
+    neighbour_labels: Int64[Tensor, "m neighbours"],
+    num_classes: int,
+    k: int,
+    temperature: float,
+) -> Int64[Tensor, "m top"]:
+    """The min(5, k, num_classes) best classes of each row by the weighted vote, best first.
+
+    The first k columns vote; they are sorted by falling similarity, as `cosine_top_k` returns
+    them, with `neighbour_labels` in 0 .. num_classes - 1. Weights are exp((s - s_max) / T): the
+    common factor exp(s_max / T) changes no rank, and without it small temperatures overflow.
+    Fewer than min(5, k) classes may have received votes: the rest are filled with unvoted classes,
+    smallest number first (the official script leaves that order to the sort).
+    """
+    similarities, neighbour_labels = similarities[:, :k].double(), neighbour_labels[:, :k]
+    weights = torch.exp((similarities - similarities[:, :1]) / temperature)
+    scores = weights.new_zeros(len(weights), num_classes)
+    # One neighbour at a time: a row's addends then have one order, also with CUDA's atomics.
+    for label, weight in zip(neighbour_labels.split(1, 1), weights.split(1, 1), strict=True):
+        scores.scatter_add_(1, label, weight)
+    ranked = []
+    for _ in range(min(5, weights.size(1), num_classes)):
+        winner = scores.argmax(dim=1, keepdim=True)  # the first of equal maxima
+        ranked.append(winner)
+        scores.scatter_(1, winner, -1.0)  # below every score: out of the race
+    return torch.cat(ranked, dim=1)
+
+
+class Neighbours(NamedTuple):
+    """The nearest training images of each test image, nearest first, by one search."""
+
+    similarities: Float64[Tensor, "m k"]
+    labels: Int64[Tensor, "m k"]  # as places in `classes`
+    classes: Int64[Tensor, " c"]  # sorted: keeps the tie rule
+
+    def votes(self, k: int, temperature: float) -> Int64[Tensor, "m top"]:
+        """The best classes of each test image by `weighted_vote`, best first."""
+        rows = max(1, BLOCK_ELEMENTS // len(self.classes))  # bounds the table of class scores
+        blocks = zip(self.similarities.split(rows), self.labels.split(rows), strict=True)
+        count = len(self.classes)
+        ranked = [weighted_vote(*block, count, k, temperature) for block in blocks]
+        return self.classes[torch.cat(ranked)]
+
+
+def find_neighbours(
+    train_features: Real[Tensor, "n d"],
+    train_labels: Int64[Tensor, " n"],
+    test_features: Real[Tensor, "m d"],
+    k: int,
+) -> Neighbours:
+    """The min(k, n) nearest training images of each test image.
+
+    Raises UserError for a k below 1 and for features that are not finite.
+    """
+    if k < 1:
+        raise UserError(f"k must be at least 1, got {k}")
+    for name, features in (("training", train_features), ("test", test_features)):
+        if not torch.isfinite(features).all():
+            raise UserError(
+                f"the {name} features contain NaN or infinity: the network has diverged; "
+                "take an earlier checkpoint"
+            )
+    classes, train_classes = train_labels.unique(return_inverse=True)
+    similarities, indices = cosine_top_k(train_features, test_features, k)
+    return Neighbours(similarities, train_classes[indices], classes)
+
+
+def knn_predictions(
+    train_features: Real[Tensor, "n d"],
+    train_labels: Int64[Tensor, " n"],
+    test_features: Real[Tensor, "m d"],
+    ks: Sequence[int],
+    temperature: float = 0.07,
+) -> dict[int, Int64[Tensor, "m top"]]:
+    """For each k the best classes of each test image, best first, from one search with the largest.
+
+    As many as `weighted_vote` ranks: min(5, k, classes). A k beyond the training set lets all n
+    images vote. Labels may be any integers. Raises UserError as `find_neighbours` does.
+    """
+    if min(ks) < 1:
+        raise UserError(f"k must be at least 1, got {min(ks)}")
+    neighbours = find_neighbours(train_features, train_labels, test_features, max(ks))
+    return {k: neighbours.votes(k, temperature) for k in ks}
+
+
+def accuracy(ranked: Int64[Tensor, "m top"], labels: Int64[Tensor, " m"]) -> tuple[float, float]:
+    """(top-1, top-5) in percent of classes ranked best first."""
+    hits = (ranked == labels[:, None]).sum(dim=0)
+    return 100 * hits[0].item() / len(labels), 100 * hits.sum().item() / len(labels)
+
+
+def knn_accuracy(
+    train_features: Real[Tensor, "n d"],
+    train_labels: Int64[Tensor, " n"],
+    test_features: Real[Tensor, "m d"],
+    test_labels: Int64[Tensor, " m"],
+    ks: Sequence[int],
+    temperature: float = 0.07,
+) -> dict[int, tuple[float, float]]:
+    """(top-1, top-5) in percent for each k; see `knn_predictions`.
+
+    A test label that no training image has counts as wrong.
+    """
+    ranked = knn_predictions(train_features, train_labels, test_features, ks, temperature)
+    return {k: accuracy(classes, test_labels) for k, classes in ranked.items()}

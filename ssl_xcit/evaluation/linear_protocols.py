@@ -1,0 +1,311 @@
+"""The two protocols of the linear evaluation; each returns its facts and the selected classifier.
+
+Neither knows of test images.
+"""
+
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from ssl_xcit.checkpoints.folder import load_latest, save_checkpoint
+from ssl_xcit.data.datasets import Images, evaluation_loader
+from ssl_xcit.data.loader import MultiCropLoader, labels_at, rank_share
+from ssl_xcit.data.pixels import normalise
+from ssl_xcit.data.views import EvalView, supervised_views
+from ssl_xcit.evaluation.cache import cached_features
+from ssl_xcit.evaluation.config import LinearConfig
+from ssl_xcit.evaluation.features import embed, evaluating, extract_features
+from ssl_xcit.evaluation.knn import accuracy
+from ssl_xcit.evaluation.linear import Fit, LinearGrid, LogisticRegression, ranked_classes
+from ssl_xcit.evaluation.subject import Subject
+from ssl_xcit.runtime.distributed import Distributed
+from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.training import schedules
+from ssl_xcit.training.metrics import clock
+
+WIDTHS = {"cls": 1, "patch": 1, "cls+patch": 2, "inputs1": 2, "inputs2": 3}  # in embed_dim
+
+
+class Material(NamedTuple):
+    """What both protocols start from."""
+
+    config: LinearConfig
+    ranks: Distributed
+    subject: Subject
+    train: Images
+    num_classes: int
+    fit: Int64[Tensor, " n"]
+    held_out: Int64[Tensor, " m"]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Length of each kind of feature."""
+        width = self.subject.backbone.embed_dim
+        return {kind: WIDTHS[kind] * width for kind in self.config.features}
+
+    def say(self, text: str) -> None:
+        """Print a line, once over all ranks."""
+        if self.ranks.rank == 0:
+            print(text, flush=True)
+
+
+# The official protocol
+
+
+def train_official(material: Material) -> tuple[dict, Float[Tensor, "c d"], Float[Tensor, " c"]]:
+    """All learning rates and kinds of features at once, on random views; the selected classifier.
+
+    DINO's eval_linear.py but for its choices: rates are tried, not given; the best is chosen on
+    held-out training images instead of the test set, after the last epoch instead of the best one.
+    Images beyond an epoch's last full batch wait for another epoch.
+    """
+    config = material.config
+    rates = [schedules.scaled_lr(lr, config.batch_size) for lr in config.lr]
+    grid = LinearGrid(
+        material.sizes, rates, material.num_classes, config.seed, material.ranks.device
+    )
+    with (
+        contextlib.closing(_training_loader(material)) as loader,
+        evaluating(material.subject.backbone),
+    ):
+        seconds = _train_grid(material, grid, loader)
+    names = [(kind, lr) for kind in material.sizes for lr in config.lr]
+    rows = [{"features": kind, "lr": lr} for kind, lr in names]
+    for entry, row in enumerate(rows):
+        row["diverged"] = not all(part.isfinite().all() for part in grid.classifier(entry))
+    if len(material.held_out):
+        view = EvalView(config.resize, config.crop, config.interpolation)
+        loader = evaluation_loader(
+            material.train,
+            view,
+            config.batch_size // material.ranks.world_size,
+            material.ranks,
+            num_threads=config.num_workers,
+            mean=material.subject.mean,
+            std=material.subject.std,
+            subset=material.held_out.numpy(),
+        )
+        held_out = extract_features(
+            material.subject.backbone,
+            loader,
+            list(material.sizes),
+            material.ranks.device,
+            config.precision,
+        )
+        ranked = grid.ranked({kind: features.features for kind, features in held_out.items()})
+        for row, classes in zip(rows, ranked, strict=True):
+            _note_held_out(row, classes, held_out[row["features"]].labels)
+    chosen = select(rows)
+    facts = {"epochs": config.epochs, "batch_size": config.batch_size}
+    facts |= {"training_images": len(material.fit), "random_crop": [*config.scale, "bilinear"]}
+    facts |= {"grid": rows, "selected": rows[chosen], "seconds": round(seconds, 3)}
+    return facts, *grid.classifier(chosen)
+
+
+def _training_loader(material: Material) -> MultiCropLoader:
+    config, ranks = material.config, material.ranks
+    return MultiCropLoader(
+        material.train,
+        supervised_views(config.crop, config.scale, "bilinear"),
+        config.batch_size // ranks.world_size,
+        seed=config.seed,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        num_threads=config.num_workers,
+        # As in training: bytes are less traffic for a GPU, and the loader normalises for less.
+        dtype=torch.float32 if ranks.device.type == "cpu" else torch.uint8,
+        mean=material.subject.mean,
+        std=material.subject.std,
+        subset=material.fit.numpy(),
+    )
+
+
+def _train_grid(material: Material, grid: LinearGrid, loader: MultiCropLoader) -> float:
+    """Train to the end, from where a former attempt stopped; seconds over all attempts."""
+    config, folder = material.config, Path(material.config.out) / "checkpoints"
+    found, skipped = load_latest(folder)
+    for line in skipped:
+        material.say(f"skipped: {line}")
+    done = spent = 0
+    if found is not None:
+        grid.load_state_dict(found.tensors["grid"])
+        done, spent = found.state["step"], found.state["seconds"]
+        material.say(f"resuming {found.path} at step {done}")
+    start = saved = time.monotonic()
+    losses = torch.zeros(len(grid.entries), device=material.ranks.device)
+    since = done
+    total = config.epochs * len(loader)
+    for step in range(done, total):
+        epoch, place = divmod(step, len(loader))
+        if step == done or place == 0:
+            loader.set_epoch(epoch, place)
+            batches = iter(loader)
+        images, labels = _to_device(material, *next(batches))
+        with torch.no_grad():
+            features = embed(
+                material.subject.backbone, images, list(material.sizes), config.precision
+            )
+        if step == done:
+            _require_finite(features)
+        losses += grid.step(features, labels, schedules.cosine(epoch, 1.0, 0.0, config.epochs))
+        ends, now = place + 1 == len(loader), time.monotonic()
+        if ends:
+            best = (losses / (step + 1 - since)).nan_to_num(torch.inf).min().item()
+            left = (now - start) / (step + 1 - done) * (total - step - 1)
+            material.say(
+                f"official: epoch {epoch + 1}/{config.epochs}  lowest loss {best:.4f}  "
+                f"ETA {clock(left)}"
+            )
+            losses.zero_()
+            since = step + 1
+        if material.ranks.rank == 0 and (ends or now - saved > 60 * config.save_every):
+            state = {"seconds": spent + now - start}
+            save_checkpoint(folder, step + 1, {"grid": grid.state_dict()}, state)
+            saved = time.monotonic()
+    return spent + time.monotonic() - start
+
+
+def _to_device(material: Material, views: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """(images (b, c, h, w), normalised, labels (b,))"""
+    device = material.ranks.device
+    images = views[0].to(device, non_blocking=True)
+    if images.dtype == torch.uint8:
+        images = normalise(images, material.subject.mean, material.subject.std)
+    return images, labels_at(material.train.labels, indices.numpy()).to(device)
+
+
+# The fast protocol
+
+
+def fit_fast(material: Material) -> tuple[dict, Float[Tensor, "c d"], Float[Tensor, " c"]]:
+    """Logistic regression on central views, of every strength; the selected one, of all images.
+
+    From strong to weak, each fit starting at the one before. The selected strength and kind of
+    features is then fitted again with the held-out images among the others.
+    """
+    config, start = material.config, time.perf_counter()
+    features = _training_features(material)
+    labels = torch.from_numpy(material.train.labels)
+    extracted = time.perf_counter()
+    rows, fits = [], []
+    for kind, rows_of_kind in features.items():
+        regression = _regression(material, rows_of_kind, labels, material.fit)
+        fit = None
+        for l2 in sorted(config.l2, reverse=True):
+            fit = regression.fit(l2, config.iterations, start=fit)
+            row = {"features": kind, "l2": l2, **_quality(fit, config.iterations)}
+            if len(material.held_out):
+                ranked = ranked_classes(fit.weight, fit.bias, rows_of_kind[material.held_out])
+                _note_held_out(row, ranked, labels[material.held_out])
+            material.say(f"fast: {kind}, l2 {l2:g}: {fit.iterations} iterations")
+            rows.append(row)
+            fits.append(fit)
+    chosen = select(rows)
+    fit: Fit = fits[chosen]
+    if len(material.held_out):
+        everything = torch.arange(len(labels))
+        regression = _regression(material, features[rows[chosen]["features"]], labels, everything)
+        fit = regression.fit(rows[chosen]["l2"], config.iterations, start=fit)
+    facts = {
+        "training_images": len(labels),
+        "grid": rows,
+        "selected": rows[chosen],
+        "fit": _quality(fit, config.iterations),
+        "seconds": {
+            "features": round(extracted - start, 3),
+            "fits": round(time.perf_counter() - extracted, 3),
+        },
+    }
+    return facts, fit.weight, fit.bias
+
+
+def _quality(fit: Fit, iterations: int) -> dict:
+    """How well a fit went."""
+    return {
+        "iterations": fit.iterations,
+        "gradient": fit.gradient,
+        "converged": fit.iterations < iterations,
+    }
+
+
+def _training_features(material: Material) -> dict[str, Float[Tensor, "n _"]]:
+    """Features of the central views of all training images, kept in the output folder."""
+    config = material.config
+    stored = {kind: _container(kind, config.features) for kind in config.features}
+    found = cached_features(
+        material.subject,
+        material.train,
+        EvalView(config.resize, config.crop, config.interpolation),
+        sorted(set(stored.values())),
+        material.ranks,
+        batch_size=config.batch_size // material.ranks.world_size,
+        num_workers=config.num_workers,
+        precision=config.precision,
+        folder=Path(config.out) / "features",
+        name="train",
+    )
+    width = material.subject.backbone.embed_dim
+    _require_finite({container: rows.features for container, rows in found.items()})
+    features = {}
+    for kind, container in stored.items():
+        rows = found[container].features
+        # A contained kind is the first part of cls+patch if cls, else the last of its container.
+        size = WIDTHS[kind] * width
+        features[kind] = rows[:, :size] if kind == "cls" else rows[:, -size:]
+    return features
+
+
+def _require_finite(features: Mapping[str, Tensor]) -> None:
+    if not all(rows.isfinite().all() for rows in features.values()):
+        raise UserError(
+            "the features contain NaN or infinity: the network has diverged; take an earlier "
+            "checkpoint"
+        )
+
+
+def _container(kind: str, kinds: Sequence[str]) -> str:
+    """The kind of feature that is stored for `kind`, so that nothing is stored twice."""
+    if kind in ("cls", "patch") and "cls+patch" in kinds:
+        return "cls+patch"
+    return "inputs2" if kind == "inputs1" and "inputs2" in kinds else kind
+
+
+def _regression(
+    material: Material,
+    features: Float[Tensor, "n d"],
+    labels: Int64[Tensor, " n"],
+    images: Int64[Tensor, " m"],
+) -> LogisticRegression:
+    """Of this rank's share of `images`."""
+    mine = rank_share(images.numpy(), material.ranks.rank, material.ranks.world_size)
+    mine = torch.from_numpy(mine)
+    return LogisticRegression(
+        features[mine], labels[mine], material.num_classes, material.ranks.device
+    )
+
+
+# Choosing
+
+
+def _note_held_out(row: dict, ranked: Int64[Tensor, "m top"], labels: Int64[Tensor, " m"]) -> None:
+    if row.get("diverged"):
+        row["held_out_top1"] = row["held_out_top5"] = None
+    else:
+        row["held_out_top1"], row["held_out_top5"] = accuracy(ranked, labels)
+
+
+def select(rows: Sequence[dict]) -> int:
+    """The place of the highest held-out top-1, the first of equals; without any the first place.
+
+    Raises UserError if all have diverged.
+    """
+    alive = [place for place, row in enumerate(rows) if not row.get("diverged")]
+    if not alive:
+        raise UserError("every classifier has diverged: add a lower --lr, in a new --out")
+    return max(alive, key=lambda place: rows[place].get("held_out_top1", 0.0))

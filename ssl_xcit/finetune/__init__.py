@@ -1,0 +1,1 @@
+"""Supervised training with the same engine."""

@@ -1,0 +1,118 @@
+"""Distillation (DeiT, Touvron et al., 2021, section 4): the loss, and the teachers there are."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ssl_xcit.checkpoints.read import read_weights
+from ssl_xcit.data.pixels import IMAGENET_MEAN, IMAGENET_STD
+from ssl_xcit.evaluation.subject import statistics
+from ssl_xcit.models.xcit import build_xcit
+from ssl_xcit.runtime.errors import UserError
+
+
+def distillation_loss(
+    kind: str, logits: Float[Tensor, "b k"], teacher_logits: Float[Tensor, "b k"], temp: float
+) -> Float[Tensor, ""]:
+    """The teacher's part of the loss, a mean over the batch.
+
+    hard: cross-entropy with the teacher's most likely class.
+    soft: temp^2 KL(softmax(teacher / temp) || softmax(student / temp)). (DeiT's code divides the
+    sum by batch x classes, so its soft term is that many classes times as small.)
+
+    As in XCiT, the same logits answer to the labels and to the teacher.
+    """
+    if kind == "hard":
+        return F.cross_entropy(logits, teacher_logits.argmax(1))
+    student, teacher = (F.log_softmax(x / temp, dim=1) for x in (logits, teacher_logits))
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temp**2
+
+
+class Teacher(nn.Module):
+    """A frozen classifier that sees images normalised for the student as if for itself.
+
+    Called under no_grad; always in eval mode.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        own: tuple[Sequence[float], Sequence[float]],
+        theirs: tuple[Sequence[float], Sequence[float]],
+    ) -> None:
+        """`own`, `theirs`: mean and standard deviation of the teacher's and student's images."""
+        super().__init__()
+        self.network = network.requires_grad_(False).eval()
+        mean, std, student_mean, student_std = (
+            torch.tensor(values).view(-1, 1, 1) for values in (*own, *theirs)
+        )
+        self.register_buffer("scale", student_std / std)
+        self.register_buffer("shift", (student_mean - mean) / std)
+
+    @torch.no_grad()
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
+        """Logits."""
+        return self.network(images * self.scale + self.shift)
+
+
+def load_teacher(
+    path: str,
+    arch: str,
+    num_classes: int,
+    student_statistics: tuple[Sequence[float], Sequence[float]],
+) -> Teacher:
+    """The classifier in the file or run `path`: torchvision's if `arch` is "torchvision:NAME".
+
+    Raises UserError for a file that is no such network, has no classifier, or other classes or
+    channels.
+    """
+    channels = len(student_statistics[0])
+    if arch:
+        if channels != 3:
+            raise UserError(f"{arch} takes images of 3 channels, these have {channels}")
+        network = _torchvision(arch.removeprefix("torchvision:"), path, num_classes)
+        return Teacher(network, (IMAGENET_MEAN, IMAGENET_STD), student_statistics)
+    network, info = _xcit(path, num_classes, channels)
+    return Teacher(network, statistics(info, channels), student_statistics)
+
+
+def _torchvision(name: str, path: str, num_classes: int) -> nn.Module:
+    from torchvision import models  # seconds to import, and most runs have no such teacher
+
+    if name not in models.list_models(module=models):
+        raise UserError(
+            f"torchvision has no classifier called {name}; it has "
+            f"{', '.join(models.list_models(module=models)[:5])} and others"
+        )
+    network = models.get_model(name, weights=None, num_classes=num_classes)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for foreign, cut or unsafe files
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{path} cannot be read safely as weights: {reason}") from error
+    try:
+        network.load_state_dict(state)
+    except (RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{path}: not the weights of torchvision's {name} for {num_classes} classes: {reason}"
+        ) from error
+    return network
+
+
+def _xcit(path: str, num_classes: int, channels: int) -> tuple[nn.Module, dict]:
+    arch, state, info = read_weights(path)
+    if info["num_classes"] != num_classes:
+        raise UserError(
+            f"the teacher {info['path']} has a classifier of {info['num_classes']} classes, the "
+            f"images have {num_classes}: take a teacher that was trained on these classes"
+        )
+    in_chans = state["patch_embed.proj.0.0.weight"].shape[1]
+    if in_chans != channels:
+        raise UserError(f"the teacher {info['path']} takes images of {in_chans} channels")
+    network = build_xcit(arch, num_classes=num_classes, in_chans=in_chans)
+    network.load_state_dict(state)
+    return network, info

@@ -1,0 +1,1 @@
+"""XCiT, as in the paper."""

@@ -1,0 +1,130 @@
+"""Stochastic depth: a sample that drops a residual branch is left out of the branch's work."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ssl_xcit.operators.tokens import Grid, split_tokens
+
+
+class Kept(NamedTuple):
+    """Which samples keep a residual branch, and by what it is scaled for them."""
+
+    factors: Float[Tensor, "t 1"]  # of each token: 0, or where its sample keeps the branch `scale`
+    scale: float  # 1 / (1 - rate)
+    rows: tuple[Int64[Tensor, " _kept"], ...] | None  # of each grid; None: the host does not know
+
+
+def add_branch(
+    x: Float[Tensor, "t d"],
+    branch: Callable[[Tensor, Sequence[Grid]], Tensor],
+    grids: Sequence[Grid],
+    kept: Kept | None,
+) -> Float[Tensor, "t d"]:
+    """x + factors * branch(x, grids); where `rows` are known the branch sees these samples only.
+
+    The branch must treat each sample by itself. When all samples drop it, it sees an empty batch:
+    its parameters have a gradient, 0, as DistributedDataParallel and the optimiser expect.
+    """
+    if kept is None:
+        return x + branch(x, grids)
+    if kept.rows is None:
+        if torch.compiler.is_compiling():
+            return torch.addcmul(x, branch(x, grids), kept.factors)
+        return _AddScaled.apply(x, branch(x, grids), kept.factors)
+    if all(len(rows) == grid.b for grid, rows in zip(grids, kept.rows, strict=True)):
+        return torch.add(x, branch(x, grids), alpha=kept.scale)
+    # One call for each grid, although one for all would do: oneDNN prepares itself for each number
+    # of tokens that it meets, and these are few (the grid's images) while their sums are many.
+    some = [
+        branch(tokens, (grid._replace(b=len(rows)),))
+        for tokens, grid, rows in zip(
+            _TakeSamples.apply(x, grids, kept.rows), grids, kept.rows, strict=True
+        )
+    ]
+    return _AddSamples.apply(x, grids, kept, *some)
+
+
+class _AddScaled(torch.autograd.Function):
+    """x + factors * branch, which saves no tensor.
+
+    A checkpointed block would compute the branch's last product once more to come to the saving.
+    The factors were drawn outside of the block, and live on anyway.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, x: Float[Tensor, "t d"], branch: Float[Tensor, "t d"], factors: Float[Tensor, "t 1"]
+    ) -> Float[Tensor, "t d"]:
+        ctx.factors = factors
+        return torch.addcmul(x, branch, factors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Float[Tensor, "t d"]) -> tuple[Tensor | None, ...]:
+        return grad, grad * ctx.factors, None
+
+
+class _TakeSamples(torch.autograd.Function):
+    """For each grid, the tokens of some of its samples."""
+
+    @staticmethod
+    def forward(
+        ctx, x: Float[Tensor, "t d"], grids: Sequence[Grid], rows: Sequence[Int64[Tensor, " _kept"]]
+    ) -> tuple[Float[Tensor, "_kept d"], ...]:
+        ctx.grids, ctx.rows = grids, rows
+        return _take(x, grids, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Float[Tensor, "_kept d"]) -> tuple[Tensor | None, ...]:
+        tokens = sum(grid.b * grid.tokens for grid in ctx.grids)
+        d_x = grads[0].new_zeros(tokens, grads[0].shape[1])
+        return _add(d_x, ctx.grids, ctx.rows, grads), None, None
+
+
+class _AddSamples(torch.autograd.Function):
+    """x + scale * some, where the samples of `some` are."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Float[Tensor, "t d"],
+        grids: Sequence[Grid],
+        kept: Kept,
+        *some: Float[Tensor, "_kept d"],
+    ) -> Float[Tensor, "t d"]:
+        ctx.grids, ctx.kept = grids, kept
+        return _add(x.clone(), grids, kept.rows, some, kept.scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Float[Tensor, "t d"]) -> tuple[Tensor | None, ...]:
+        d_some = _take(grad, ctx.grids, ctx.kept.rows)
+        return grad, None, None, *(part.mul_(ctx.kept.scale) for part in d_some)
+
+
+def _take(
+    x: Float[Tensor, "t d"], grids: Sequence[Grid], rows: Sequence[Int64[Tensor, " _kept"]]
+) -> tuple[Float[Tensor, "_kept d"], ...]:
+    parts = zip(split_tokens(x, grids), rows, strict=True)
+    return tuple(part.index_select(0, places).flatten(0, 1) for part, places in parts)
+
+
+def _add(
+    x: Float[Tensor, "t d"],
+    grids: Sequence[Grid],
+    rows: Sequence[Int64[Tensor, " _kept"]],
+    some: Sequence[Float[Tensor, "_kept d"]],
+    scale: float = 1.0,
+) -> Float[Tensor, "t d"]:
+    # Sample by sample, and not token by token: index_add pays for each row
+    parts = zip(split_tokens(x, grids), rows, some, strict=True)
+    for to, places, tokens in parts:
+        samples = tokens.view(len(places), *to.shape[1:]).to(x.dtype)
+        to.index_add_(0, places, samples, alpha=scale)
+    return x

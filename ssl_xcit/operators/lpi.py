@@ -1,0 +1,102 @@
+"""LPI, local patch interaction: depthwise convolutions among the tokens (section 3.3)."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ssl_xcit.operators.linear import compute_dtype, scaled_weights, takes_gain
+from ssl_xcit.operators.tokens import Grid, join_tokens, split_tokens
+
+
+class LPI(nn.Module):
+    """Local patch interaction: two depthwise 3x3 convolutions on the token grid (section 3.3)."""
+
+    def __init__(self, embed_dim: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(embed_dim, embed_dim, 3, padding=1, groups=embed_dim)
+        self.bn = nn.BatchNorm2d(embed_dim)
+        self.conv2 = nn.Conv2d(embed_dim, embed_dim, 3, padding=1, groups=embed_dim)
+
+    def forward(
+        self,
+        x: Float[Tensor, "t d"],
+        grids: Sequence[Grid],
+        gain: Float[Tensor, " d"] | None = None,
+    ) -> Float[Tensor, "t d"]:
+        """`gain` (LayerScale) multiplies the output. BatchNorm sees one grid after the other."""
+        inside = gain if takes_gain(x) else None
+        kernels = _kernels(self.conv1, None, x), _kernels(self.conv2, inside, x)
+        parts = zip(split_tokens(x, grids), grids, strict=True)
+        out = join_tokens(self._of_one_size(part, grid, *kernels) for part, grid in parts)
+        return out if inside is gain else gain * out
+
+    def _of_one_size(
+        self, x: Float[Tensor, "b n d"], grid: Grid, first: "Kernels", second: "Kernels"
+    ) -> Float[Tensor, "b n d"]:
+        image = x.transpose(1, 2).unflatten(2, (grid.rows, grid.columns))  # (b, d, ...): a view
+        image = self.bn(F.gelu(_depthwise(image, *first)))
+        return _depthwise(image, *second).flatten(2).transpose(1, 2)
+
+
+Kernels = tuple[Float[Tensor, "d 1 3 3"], Float[Tensor, " d"]]
+
+
+def _kernels(conv: nn.Conv2d, gain: Float[Tensor, " d"] | None, x: Tensor) -> Kernels:
+    """Weight and bias, scaled, in the type of the computation on `x`: once for all grids."""
+    # The weight's way through two dimensions gives its gradient the weight's own strides. Straight
+    # from a channels_last convolution they would be (9, 1, 3, 1), which DistributedDataParallel
+    # warns of and copies, and which the optimisers' multi-tensor kernels do not take.
+    flat = conv.weight.flatten(1)
+    weight, bias = scaled_weights(flat, conv.bias, gain, compute_dtype(x))
+    return weight.unflatten(1, (1, 3, 3)), bias
+
+
+def _depthwise(
+    x: Float[Tensor, "b d rows columns"],
+    weight: Float[Tensor, "d 1 3 3"],
+    bias: Float[Tensor, " d"],
+) -> Float[Tensor, "b d rows columns"]:
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or min(x.shape[2:]) > 2:
+        return F.conv2d(x, weight, bias, padding=1, groups=len(weight))
+    return _SmallDepthwise.apply(x.to(weight.dtype), weight, bias)
+
+
+class _SmallDepthwise(torch.autograd.Function):
+    """Depthwise convolution 3x3 of images with a side of 1 or 2.
+
+    oneDNN's gradient of the weight is 20 times slower for images smaller than the kernel, so it is
+    taken from images widened to it. What lies beyond their borders is zero anyway.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Float[Tensor, "b d rows columns"],
+        weight: Float[Tensor, "d 1 3 3"],
+        bias: Float[Tensor, " d"],
+    ) -> Float[Tensor, "b d rows columns"]:
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight, bias, padding=1, groups=len(weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Float[Tensor, "b d rows columns"]) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=torch.channels_last)
+
+        def derive(grad: Tensor, x: Tensor, wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+            sizes = [len(weight)], [1, 1], [1, 1], [1, 1], False, [0, 0], len(weight)
+            return torch.ops.aten.convolution_backward(grad, x, weight, *sizes, wanted)
+
+        of_x, *of_others = ctx.needs_input_grad
+        d_x = derive(grad, x, (of_x, False, False))[0] if of_x else None
+        if not any(of_others):
+            return d_x, None, None
+        rows, columns = x.shape[2:]
+        borders = (0, max(0, 3 - columns), 0, max(0, 3 - rows))
+        wider = F.pad(grad, borders), F.pad(x, borders)
+        return d_x, *derive(*wider, (False, *of_others))[1:]

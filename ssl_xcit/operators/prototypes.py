@@ -1,0 +1,92 @@
+"""The last layer of the projection head: inner products with prototypes of a given length.
+
+With tens of thousands of prototypes this layer is larger than all else in the head, so its
+derivative is written out here, with no normalised copy of the prototypes, forward or backward.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ssl_xcit.operators.linear import compute_dtype, linear, without_autocast
+
+
+class WeightNormLinear(nn.Module):
+    """Linear layer without bias whose rows are g_k v_k / |v_k|, k = 1..out_dim.
+
+    The keys are those of `torch.nn.utils.weight_norm`, which DINO used and torch has deprecated:
+    `weight_g` (K, 1), here 1 at the start, and `weight_v` (K, in_dim), which starts as nn.Linear's
+    weight does. With `weight_g` left at 1 and inputs of length 1, the logits are cosines.
+
+    Set `frozen` while the prototypes shall not move: then their gradient is not computed. It is
+    None, or with several ranks, whose reduction expects one, zero.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, train_norm: bool) -> None:
+        super().__init__()
+        self.frozen = False
+        self.weight_g = nn.Parameter(torch.ones(out_dim, 1), requires_grad=train_norm)
+        self.weight_v = nn.Parameter(torch.empty(out_dim, in_dim))
+        nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))
+
+    def forward(self, x: Float[Tensor, "b d"]) -> Float[Tensor, "b k"]:
+        """Logits, in float32 under autocast, which rounds what enters the product alone."""
+        return _Logits.apply(x, *self.trained_weights(), self.frozen)
+
+    def trained_weights(self) -> tuple[Float[Tensor, "k d"], Float[Tensor, "k 1"]]:
+        """v and g, without a gradient where they are frozen and no other rank expects one."""
+        weights = self.weight_v, self.weight_g
+        if self.frozen and not torch.distributed.is_initialized():
+            return tuple(weight.detach() for weight in weights)
+        return weights
+
+
+class _Logits(torch.autograd.Function):
+    """y = s (x v^T), s_k = g_k / |v_k|.
+
+    The lengths scale columns of y rather than rows of v: they cost a pass over the logits, not over
+    the prototypes.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        x: Float[Tensor, "b d"],
+        v: Float[Tensor, "k d"],
+        g: Float[Tensor, "k 1"],
+        frozen: bool,
+    ) -> Float[Tensor, "b k"]:
+        low = compute_dtype(x)
+        with without_autocast(x):
+            length = torch.linalg.vector_norm(v, dim=1)
+            rounded = v.to(low)
+            product = linear(x.to(low), rounded)
+            scale = g[:, 0] / length
+            ctx.save_for_backward(x, v, rounded, product, g, length)
+            ctx.frozen = frozen
+            return product * scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, grad: Float[Tensor, "b k"]
+    ) -> tuple[Tensor | None, ...]:
+        x, v, rounded, product, g, length = ctx.saved_tensors
+        scaled = grad * (g[:, 0] / length)
+        grad_x = linear(scaled.to(rounded.dtype), rounded.mT).to(x.dtype)
+        if ctx.frozen:
+            zeros = [weight.new_zeros(1).expand_as(weight) for weight in (v, g)]
+            return grad_x, zeros[0], zeros[1] if ctx.needs_input_grad[2] else None, None
+        if not any(ctx.needs_input_grad[1:3]):
+            return grad_x, None, None, None
+        grad_scale = (grad * product).sum(0)
+        grad_v = grad_g = None
+        if ctx.needs_input_grad[1]:
+            grad_v = linear(scaled.mT, x.to(scaled.dtype).mT)
+            grad_v.addcmul_(v, (grad_scale * g[:, 0] / length**3)[:, None], value=-1)
+        if ctx.needs_input_grad[2]:
+            grad_g = (grad_scale / length)[:, None]
+        return grad_x, grad_v, grad_g, None

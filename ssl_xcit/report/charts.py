@@ -1,0 +1,232 @@
+"""Line charts as inline SVG: no library, no network, legible in light, dark and print.
+
+Colours, sizes of type and whatever else is style are the page's, see `ssl_xcit.report.style`. A
+chart is complete as it stands; the page's script only adds a pointer that reads values off.
+"""
+
+import html
+import json
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+WIDTH, HEIGHT = 360, 180  # of the drawing, in its own units: about pixels
+LEFT, RIGHT, TOP, BOTTOM = 46, 10, 16, 24  # margins of the frame in it
+MOST_POINTS = 240  # of a line: more could not be told apart
+
+Value = float | int
+Points = Sequence[tuple[Value, Value | None]]
+
+
+class Series(NamedTuple):
+    """A line: (step, value) in the order of the steps; None where a value was not finite.
+
+    Without a label it is what the chart is called.
+    """
+
+    label: str
+    points: Points
+
+
+class Chart(NamedTuple):
+    """Lines over the steps of a run."""
+
+    title: str
+    note: str
+    series: list[Series]
+    percent: bool = False  # values are shares, shown as percent
+    reference: tuple[Value, str] | None = None  # a level to compare with, and what it means
+    limits: tuple[Value, Value] | None = None  # of the values; by default as far as they go
+    dots: bool = False  # a mark for each value, where there are few
+
+
+class Thinned(NamedTuple):
+    """What is drawn of a series: means over equal numbers of steps, and the range within each."""
+
+    points: list[tuple[Value, Value | None]]
+    ranges: list[tuple[Value, Value, Value]]  # step, least, greatest; none if nothing was merged
+
+
+def thinned(points: Points, most: int = MOST_POINTS) -> Thinned:
+    """At most `most` points; of merged ones the last step, the mean of what is finite, the range.
+
+    None only where no value of a group is finite.
+    """
+    if len(points) <= most:
+        return Thinned(list(points), [])
+    size = -(-len(points) // most)
+    kept, ranges = [], []
+    for start in range(0, len(points), size):
+        group = points[start : start + size]
+        step, finite = group[-1][0], [value for _, value in group if value is not None]
+        kept.append((step, math.fsum(finite) / len(finite) if finite else None))
+        if finite:
+            ranges.append((step, min(finite), max(finite)))
+    return Thinned(kept, ranges)
+
+
+def ticks(low: Value, high: Value, count: int = 4) -> list[Value]:
+    """Round numbers in [low, high], about `count` of them: multiples of 1, 2 or 5 x 10^n."""
+    rough = (high - low) / count
+    unit = 10.0 ** math.floor(math.log10(rough))
+    step = next(unit * m for m in (1, 2, 5, 10) if unit * m >= rough * 0.999)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [k * step for k in range(first, last + 1)]
+
+
+def number(value: Value, percent: bool = False) -> str:
+    """A value in few characters: 2.944, 12,345, 4e-5, 78.4 %."""
+    if percent:
+        return f"{100 * value:.3g} %" if abs(value) < 0.9995 else f"{100 * value:.0f} %"
+    if value and not 1e-3 <= abs(value) < 1e6:
+        digits, power = f"{value:.2e}".split("e")
+        return f"{float(digits):g}e{int(power)}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def chart_html(chart: Chart) -> str:
+    """The chart as an HTML figure: title, the lines' last values, the SVG, a note."""
+    lines = [(a.label, thinned(a.points)) for a in chart.series]
+    frame = _Frame.of(chart, lines)
+    readouts = []
+    for i, (label, line) in enumerate(lines):
+        finite = [value for _, value in line.points if value is not None]
+        last = number(finite[-1], chart.percent) if finite else "not finite"
+        named = f"<i></i>{html.escape(label)} " if label else ""
+        readouts.append(f'<span class="s{i}">{named}<b>{last}</b></span>')
+    end = max(line.points[-1][0] for _, line in lines)
+    note = chart.note
+    if any(line.ranges for _, line in lines):
+        note += " Each point is a mean over several records, the band their range."
+    return (
+        '<figure class="chart"><figcaption>'
+        f"<h4>{html.escape(chart.title)}</h4>"
+        f'<p class="readout">{"".join(readouts)}<span class="at">step {end:,.0f}</span></p>'
+        f"</figcaption>{_svg(chart, lines, frame)}"
+        f'<p class="note">{html.escape(note)}</p></figure>'
+    )
+
+
+class _Frame(NamedTuple):
+    """From steps and values to places in the drawing."""
+
+    first: Value
+    last: Value
+    low: Value
+    high: Value
+
+    @classmethod
+    def of(cls, chart: Chart, lines: list[tuple[str, Thinned]]) -> "_Frame":
+        steps = [step for _, line in lines for step, _ in line.points]
+        values = [value for _, line in lines for _, value in line.points if value is not None]
+        values += [bound for _, line in lines for _, *pair in line.ranges for bound in pair]
+        values += [chart.reference[0]] if chart.reference else []
+        low, high = chart.limits or (min(values, default=0.0), max(values, default=1.0))
+        low, high = min([low, *values]), max([high, *values])
+        if high - low <= 1e-9 * max(abs(low), abs(high)):  # a level line: in the middle
+            room = abs(high) / 2 or 0.5
+        else:
+            room = 0.0 if chart.limits else 0.04 * (high - low)
+        first, last = min(steps), max(steps)
+        return cls(first, last if last > first else first + 1, low - room, high + room)
+
+    def x(self, step: Value) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * (step - self.first) / (self.last - self.first)
+
+    def y(self, value: Value) -> float:
+        return (
+            HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value - self.low) / (self.high - self.low)
+        )
+
+
+def _svg(chart: Chart, lines: list[tuple[str, Thinned]], frame: _Frame) -> str:
+    parts = [_axes(chart, frame)]
+    data = []
+    for i, (_, line) in enumerate(lines):
+        if line.ranges:
+            up = [f"{frame.x(step):.1f},{frame.y(high):.1f}" for step, _, high in line.ranges]
+            down = [f"{frame.x(step):.1f},{frame.y(low):.1f}" for step, low, _ in line.ranges]
+            outline = " ".join([*up, *reversed(down)])
+            parts.append(f'<polygon class="band s{i}" points="{outline}"/>')
+        parts.append(f'<path class="line s{i}" d="{_path(line.points, frame)}"/>')
+        finite = [(step, value) for step, value in line.points if value is not None]
+        if chart.dots or len(finite) == 1:
+            marks = (
+                f'<circle class="dot s{i}" r="2.6" cx="{frame.x(s):.1f}" cy="{frame.y(v):.1f}"/>'
+                for s, v in finite
+            )
+            parts.extend(marks)
+        data.append(
+            {
+                "step": [step for step, _ in finite],
+                "x": [round(frame.x(step), 1) for step, _ in finite],
+                "y": [round(frame.y(value), 1) for _, value in finite],
+                "text": [number(value, chart.percent) for _, value in finite],
+            }
+        )
+    parts.append(_level(chart, frame))
+    described = "; ".join(_in_words(label, line, chart.percent).strip() for label, line in lines)
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" data-lines="'
+        f'{html.escape(json.dumps(data, separators=(",", ":")))}" '
+        f'aria-label="{html.escape(chart.title)}: {html.escape(described)}">'
+        f"{''.join(parts)}</svg>"
+    )
+
+
+def _path(points: Points, frame: _Frame) -> str:
+    """Lines between neighbours that are both finite."""
+    path, pen = [], "M"
+    for step, value in points:
+        if value is None:
+            pen = "M"
+            continue
+        path.append(f"{pen}{frame.x(step):.1f} {frame.y(value):.1f}")
+        pen = "L"
+    return "".join(path)
+
+
+def _axes(chart: Chart, frame: _Frame) -> str:
+    """Lines of the grid with their values, and the steps below."""
+    right, floor = WIDTH - RIGHT, HEIGHT - BOTTOM
+    inner = f'x="{LEFT}" y="{TOP}" width="{right - LEFT}" height="{floor - TOP}"'
+    parts = [f'<rect class="frame" {inner}/>']
+    for value in ticks(frame.low, frame.high):
+        y = frame.y(value)
+        text = number(value, chart.percent) if abs(value) > 1e-12 else "0"
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="y" x="{LEFT - 6}" y="{y + 4:.1f}">{text}</text>')
+    for step in ticks(frame.first, frame.last):
+        x = frame.x(step)
+        if step != round(step):
+            continue
+        text = f"{step / 1000:,g}k" if step >= 10_000 and step % 100 == 0 else f"{step:,.0f}"
+        side = "end" if x > right - 12 else "middle"
+        parts.append(
+            f'<text class="x" x="{min(x, right):.1f}" y="{floor + 16}" text-anchor="{side}">{text}'
+            "</text>"
+        )
+    parts.append(f'<line class="floor" x1="{LEFT}" x2="{right}" y1="{floor}" y2="{floor}"/>')
+    return "".join(parts)
+
+
+def _level(chart: Chart, frame: _Frame) -> str:
+    """The level to compare with, over the lines, or its name could not be read."""
+    if chart.reference is None:
+        return ""
+    right, y = WIDTH - RIGHT, frame.y(chart.reference[0])
+    return (
+        f'<line class="level" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        f'<text class="level" x="{right}" y="{y - 5:.1f}">{html.escape(chart.reference[1])}</text>'
+    )
+
+
+def _in_words(label: str, line: Thinned, percent: bool) -> str:
+    """For those who do not see the drawing."""
+    finite = [value for _, value in line.points if value is not None]
+    if not finite:
+        return f"{label} is never finite"
+    first, last, low, high = (
+        number(value, percent) for value in (finite[0], finite[-1], min(finite), max(finite))
+    )
+    return f"{label} from {first} to {last}, between {low} and {high}"

@@ -1,0 +1,1 @@
+"""What every command needs: options, errors, ranks, precision, signals."""

@@ -1,0 +1,27 @@
+"""The body of a command."""
+
+import importlib
+from collections.abc import Sequence
+
+from ssl_xcit.runtime import processor
+from ssl_xcit.runtime.config import load_config
+from ssl_xcit.runtime.errors import exit_on_user_error
+from ssl_xcit.runtime.options import Config
+
+
+def run_command(
+    cls: type[Config],
+    target: str,
+    files: Sequence[str] = (),
+    argv: Sequence[str] | None = None,
+) -> None:
+    """Body of a script: read the command line, then call `target` ("module:function") with it.
+
+    The target is imported only once the configuration is known to be good. A UserError becomes
+    one line on stderr and exit status 2.
+    """
+    with exit_on_user_error():
+        config = load_config(cls, files, argv)
+        processor.prepare()
+        module, function = target.split(":")
+        getattr(importlib.import_module(module), function)(config)

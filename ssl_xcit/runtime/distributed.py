@@ -1,0 +1,265 @@
+"""One process or several: who is who, and the collectives we use.
+
+Who started the processes is told by their environment, in this order: torchrun (or anything that
+sets its variables), submitit, plain SLURM (`srun python ...`), nobody. Alone, or in a world of one,
+no process group is created and every collective here returns at once, so the callers need no
+branch.
+"""
+
+import os
+import re
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from ssl_xcit.runtime import neighbours
+from ssl_xcit.runtime.errors import UserError
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """Who this process is: its rank of `world_size`, its rank on this machine, and its device."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a launcher's variables say about this process.
+
+    `address` and `port`: where rank 0 waits for the others. `own_gpu`: the launcher shows each
+    process the GPUs that are meant for it alone.
+    """
+
+    launcher: str
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    address: str = "localhost"
+    port: int = 0
+    own_gpu: bool = False
+
+
+def setup(device: str = "auto", timeout_s: float = 1800.0) -> Distributed:
+    """Join the others that a launcher started, or stand alone, and print which.
+
+    `device` is "auto" (CUDA where there is any), "cpu" or "cuda". CPU tensors travel by gloo, CUDA
+    tensors by NCCL; on CUDA both exist, so features kept in host memory can be gathered too.
+    `timeout_s`: seconds that a rank waits for the others, here and in each collective, before it
+    fails; rank 0 may evaluate alone that long while the others wait.
+
+    Raises UserError for an unknown or absent device, more ranks than GPUs on this machine, or an
+    incomplete environment.
+    """
+    place = find_place(os.environ)
+    chosen = _prepare(choose_device(device, 0 if place.own_gpu else place.local_rank))
+    if place.world_size > 1:
+        # Whoever needs them finds torchrun's variables, whatever the launcher
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = place.address, str(place.port)
+        os.environ["LOCAL_WORLD_SIZE"] = str(place.local_world_size)
+    # torchrun and srun mix the ranks' output, submitit has a log for each
+    if place.rank == 0 or place.launcher == "submitit":
+        print(_describe(place, chosen), flush=True)
+    if place.world_size > 1:
+        cuda = chosen.type == "cuda"
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            timeout=timedelta(seconds=timeout_s),
+            rank=place.rank,
+            world_size=place.world_size,
+            device_id=chosen if cuda else None,
+        )
+    return Distributed(place.rank, place.world_size, place.local_rank, chosen)
+
+
+def find_place(environment: Mapping[str, str]) -> Place:
+    """Who this process is by the variables of its launcher.
+
+    Raises UserError when only a part of torchrun's variables is there.
+    """
+    if {"RANK", "WORLD_SIZE"} & environment.keys():
+        return _torchrun_place(environment)
+    if environment.get("SUBMITIT_EXECUTOR") == "local":
+        job, tasks = environment["SUBMITIT_LOCAL_JOB_ID"], int(environment["SUBMITIT_LOCAL_NTASKS"])
+        rank = int(environment["SUBMITIT_LOCAL_GLOBALID"])
+        return Place("submitit", rank, tasks, rank, tasks, "localhost", rendezvous_port(job))
+    # A batch script has SLURM's variables too, but only a step's processes are many
+    if {"SLURM_STEP_ID", "SLURM_PROCID"} <= environment.keys():
+        return _slurm_place(environment)
+    return Place("no launcher")
+
+
+def _torchrun_place(environment: Mapping[str, str]) -> Place:
+    missing = [name for name in TORCHRUN if name not in environment]
+    if missing:
+        raise UserError(
+            f"expected the environment of torchrun ({', '.join(TORCHRUN)}), {', '.join(missing)} "
+            "missing: start with torchrun, or unset RANK and WORLD_SIZE to run one process"
+        )
+    rank, world_size, local_rank = (int(environment[name]) for name in TORCHRUN[:3])
+    local_world_size = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    return Place("torchrun", rank, world_size, local_rank, local_world_size, address, port)
+
+
+def _slurm_place(environment: Mapping[str, str]) -> Place:
+    job, step = environment["SLURM_JOB_ID"], environment["SLURM_STEP_ID"]
+    counts = tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
+    return Place(
+        "submitit" if environment.get("SUBMITIT_EXECUTOR") == "slurm" else "SLURM",
+        int(environment["SLURM_PROCID"]),
+        int(environment["SLURM_STEP_NUM_TASKS"]),
+        int(environment["SLURM_LOCALID"]),
+        counts[int(environment["SLURM_NODEID"])],
+        first_host(environment["SLURM_STEP_NODELIST"]),
+        rendezvous_port(f"{job}.{step}", int(environment.get("SLURM_RESTART_COUNT", "0"))),
+        own_gpu="SLURM_GPUS_PER_TASK" in environment,
+    )
+
+
+def rendezvous_port(job: str, attempt: int = 0) -> int:
+    """Where the ranks of an attempt meet: the same for all of them, without asking anybody.
+
+    Another attempt at the same job has another port, so what may be left of its predecessor on a
+    lost node cannot join it. Below 32768, where systems begin to hand out ports by themselves.
+    """
+    return 10_000 + (zlib.crc32(job.encode()) + attempt) % 20_000
+
+
+def first_host(nodes: str) -> str:
+    """The first of SLURM's list of nodes: "gpu[03-04,7]-ib,login1" -> "gpu03-ib"."""
+    first = re.match(r"(?:[^,\[]|\[[^]]*\])+", nodes).group()
+    return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", first)
+
+
+def tasks_per_node(counts: str) -> list[int]:
+    """SLURM's "2(x3),1" -> [2, 2, 2, 1]."""
+    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
+    return [int(count) for count, times in found for _ in range(int(times or 1))]
+
+
+def _describe(place: Place, device: torch.device) -> str:
+    if place.world_size == 1:
+        return f"one process ({place.launcher}) on {device}"
+    return (
+        f"rank {place.rank} of {place.world_size} ({place.launcher}), the machine's number "
+        f"{place.local_rank} of {place.local_world_size}, on {device}; rank 0 is at "
+        f"{place.address}:{place.port}"
+    )
+
+
+def choose_device(device: str, local_rank: int) -> torch.device:
+    """The device of the process `local_rank` of this machine.
+
+    A process that sees one GPU takes it: launchers such as `srun --gpus-per-task=1` show each task
+    its own as number 0. Raises UserError as `setup` does.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"expected device auto, cpu or cuda, got {device!r}")
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("expected a CUDA GPU for device cuda, torch sees none: use device cpu")
+    gpus = torch.cuda.device_count()
+    index = 0 if gpus == 1 else local_rank
+    if index >= gpus:
+        raise UserError(
+            f"expected at most {gpus} ranks on this machine (its GPUs), got local rank "
+            f"{local_rank}: lower --nproc-per-node"
+        )
+    return torch.device("cuda", index)
+
+
+def _prepare(device: torch.device) -> torch.device:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # for kernels launched without naming a device
+    else:
+        neighbours.watch()
+    return device
+
+
+def all_reduce_mean(tensor: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Mean over ranks of a contiguous tensor, in place; returns it. Same bits on every rank."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)  # gloo has no mean
+        tensor /= dist.get_world_size()
+    return tensor
+
+
+def maximum(value: int) -> int:
+    """The largest of the ranks' values, which wait for each other."""
+    if not dist.is_initialized():
+        return value
+    shared = torch.tensor(value)  # on the CPU: gloo carries it, no GPU is waited for
+    dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return int(shared)
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether it is true on any rank; the ranks wait for each other."""
+    return maximum(int(flag)) > 0
+
+
+def gather_variable(tensor: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "m ..."]:
+    """All ranks' rows, in rank order, on every rank; ranks may hold different numbers of rows."""
+    if not dist.is_initialized():
+        return tensor
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    counts = torch.zeros(world_size, dtype=torch.int64, device=tensor.device)
+    counts[rank] = len(tensor)
+    dist.all_reduce(counts)
+    # Broadcasts into slices of the result, because all_gather would need padding and a second copy
+    # of what can be gigabytes of features.
+    gathered = tensor.new_empty(int(counts.sum()), *tensor.shape[1:])
+    for source, rows in enumerate(gathered.split(counts.tolist())):
+        if source == rank:
+            rows.copy_(tensor)
+        if len(rows):
+            dist.broadcast(rows, src=source)
+    return gathered
+
+
+@torch.no_grad()
+def all_reduce_buffers(modules: Iterable[nn.Module]) -> None:
+    """Replace the running means and variances of BatchNorm by their mean over ranks, in place.
+
+    For CPU runs, where SyncBatchNorm does not exist: each rank normalises by the statistics of its
+    own batch, and this keeps what the ranks will save and evaluate equal. Both statistics are
+    running means over batches, so their mean over ranks runs over all ranks' batches; the variance
+    is the one within a rank's batch, without the spread between the ranks' means. All else stays,
+    the counters `num_batches_tracked` too. One all-reduce in total.
+    """
+    statistics = [
+        buffer
+        for module in modules
+        for name, buffer in module.named_buffers()
+        if name.rpartition(".")[2] in ("running_mean", "running_var")
+    ]
+    if not statistics or not dist.is_initialized():
+        return
+    means = all_reduce_mean(torch.cat(statistics))  # each is a vector over channels
+    torch._foreach_copy_(statistics, means.split([len(buffer) for buffer in statistics]))
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def teardown() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,34 @@
+"""The command `submit`: of a pretraining, and with `eval NAME` of an evaluation."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from ssl_xcit.runtime.command import run_command
+from ssl_xcit.runtime.config import load_config
+from ssl_xcit.runtime.errors import exit_on_user_error
+from ssl_xcit.slurm.config import EvaluationJobConfig, SubmitConfig
+from ssl_xcit.slurm.evaluations import find_script, split_arguments
+
+SUBMIT = "ssl_xcit.slurm.submit"  # needs submitit, which takes a while to import
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Submit what the command line says."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["eval"]:
+        submit_evaluation(words[1:])
+    else:
+        recipes = ("slurm.yaml", "pretrain/{arch}.yaml")
+        run_command(SubmitConfig, f"{SUBMIT}:submit", recipes, words)
+
+
+def submit_evaluation(argv: Sequence[str]) -> None:
+    """Submit an evaluation; argv is what follows "eval"."""
+    with exit_on_user_error():
+        name, *arguments = argv or [""]
+        script = find_script(name)
+        job, evaluation = split_arguments(script.config, arguments)
+        help_wanted = [token for token in evaluation if token in ("-h", "--help")]
+        config = load_config(EvaluationJobConfig, ["slurm.yaml"], [*job, *help_wanted])
+        importlib.import_module(SUBMIT).submit_script(script, evaluation, config.slurm)

@@ -1,0 +1,56 @@
+"""What can be submitted beside a pretraining, and which words of a command line are the job's."""
+
+import importlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ssl_xcit.runtime import options
+from ssl_xcit.runtime.config import load_config
+from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.slurm.config import SlurmConfig
+
+
+class Script(NamedTuple):
+    """A script of eval/: the class of its settings and the recipes below them."""
+
+    name: str
+    config: type
+    files: tuple[str, ...]
+
+    def check(self, arguments: Sequence[str]) -> object:
+        """The settings that these arguments give. Raises UserError as the script would."""
+        return load_config(self.config, self.files, arguments)
+
+
+CONFIGURATIONS = {
+    "finetune": "finetune.config:FinetuneConfig",
+    "knn": "evaluation.config:KnnConfig",
+    "linear": "evaluation.config:LinearConfig",
+    "supervised": "evaluation.config:SupervisedConfig",
+    "visualize": "report.config:VisualizeConfig",
+}
+
+
+def find_script(name: str) -> Script:
+    """eval/NAME.py. Raises UserError if there is none."""
+    if name not in CONFIGURATIONS:
+        known = ", ".join(CONFIGURATIONS)
+        raise UserError(f"expected an evaluation ({known}), got {options.as_text(name)}")
+    module, _, cls = CONFIGURATIONS[name].partition(":")
+    return Script(name, getattr(importlib.import_module(f"ssl_xcit.{module}"), cls), ())
+
+
+def split_arguments(cls: type, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(the job's, those of `cls`): options of the job that `cls` has, too, are its own, but with
+    --slurm. before them.
+    """
+    theirs = {name.rpartition(".")[2] for name in options.leaves(cls)}
+    ours = options.leaves(SlurmConfig).keys() - theirs
+    parts: tuple[list[str], list[str]] = ([], [])
+    part = parts[1]
+    for token in arguments:
+        if token.startswith("--"):
+            name = token[2:].partition("=")[0].replace("-", "_")
+            part = parts[0] if name in ours or name.startswith("slurm.") else parts[1]
+        part.append(token)
+    return parts

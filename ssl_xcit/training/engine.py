@@ -1,0 +1,262 @@
+"""The engine of every training: claims the run folder, resumes, loops, logs, evaluates and saves.
+
+What is trained, and how, is a `Task`: pretraining (train.py) and fine-tuning (finetune.py) are two
+of them. The state of a run is its tensors and the number of finished steps. Data order and every
+random draw are pure functions of (seed, epoch, sample index, view), so nothing else needs to be
+saved, and a run that was killed continues as if nothing had happened.
+
+The ranks agree on whether to stop and on whether a step is bad by two numbers that travel with a
+reduction of the step itself, and the host reads the result one step later: nothing waits for it.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ssl_xcit.runtime import distributed
+from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.runtime.signals import Stopped, StopSignals
+from ssl_xcit.runtime.watch import Watch
+from ssl_xcit.training.config import TaskConfig
+from ssl_xcit.training.guard import BatchStatistics, HostCopy
+from ssl_xcit.training.log import Log
+from ssl_xcit.training.metrics import read_metrics
+from ssl_xcit.training.optim import clip_gradients, set_hyperparameters
+from ssl_xcit.training.run_folder import claim_folder
+from ssl_xcit.training.saving import Saver, capture, resume
+from ssl_xcit.training.task import Task, keep_gradients
+
+
+def run_task(task: Task) -> dict:
+    """Train `task` to its end in its run folder, and return the last logged row.
+
+    Raises UserError for a folder that cannot be written or belongs to another configuration, a
+    checkpoint that cannot be stored, and a loss that is no longer finite; `Stopped`, an exit with
+    status 75, once a signal has been answered: the state is saved, the same call continues.
+    """
+    out, ranks, settings = Path(task.config.out), task.ranks, task.config.run
+    with StopSignals() as stop, Watch(ranks, settings.stall_timeout) as watch:
+        if ranks.rank == 0:
+            claim_folder(out, task.kind, task.config, task.global_batch)
+        distributed.barrier()
+        first_step = resume(task, out / "checkpoints")
+        with contextlib.closing(task.loader), contextlib.closing(Log(task, out, first_step)) as log:
+            engine = Engine(task, log, Saver(task, out), stop, watch)
+            return engine.run(first_step)
+
+
+class Engine:
+    """The loop over the steps of a task."""
+
+    def __init__(self, task: Task, log: Log, saver: Saver, stop: StopSignals, watch: Watch) -> None:
+        self.task, self.log, self.saver, self.stop, self.watch = task, log, saver, stop, watch
+        self.statistics = BatchStatistics(task.modules())
+        self.flags = HostCopy(2, task.ranks.device)  # whether to stop, bad steps in a row
+        self.started, self.evaluating = time.monotonic(), 0.0  # seconds
+
+    def run(self, first_step: int) -> dict:
+        """Steps from `first_step` on; the last logged row."""
+        task, log = self.task, self.log
+        per_epoch, total = task.steps_per_epoch, task.total_steps
+        row = self._finish_record(first_step)
+        if first_step >= total:
+            log.say(f"{task.config.out} is finished: {total} steps")
+            log.conclude()
+            return row
+        for line in [] if first_step else task.initialise():
+            log.say(line)
+        log.say(task.summary())
+        log.say("precision {}: {}".format(*task.precision))
+        for line in task.warm_up():
+            log.say(line)
+        for step in range(first_step, total):
+            epoch, step_in_epoch = divmod(step, per_epoch)
+            self.watch.at(2 * step, f"step {step}")
+            if step == first_step or step_in_epoch == 0:
+                task.loader.set_epoch(epoch, step_in_epoch)
+                batches = iter(task.loader)
+            stop, bad_steps = self.flags.exchange(
+                train_step(task, batches, step, self.statistics, bool(self.stop.received))
+            )
+            self.stop.eager = False
+            log.progress.advance()
+            done = step + 1
+            if bad_steps >= task.config.run.max_bad_steps:
+                self._give_up(done, int(bad_steps))
+            if task.recorded(step) and not (stop and task.evaluated(step)):
+                row = self._record(step)
+            if stop:
+                self._leave(done)
+            if task.ranks.rank == 0 and self.saver.due(done):
+                self._save(done)
+        distributed.barrier()
+        log.conclude()
+        return row
+
+    def _record(self, step: int) -> dict:
+        """Evaluate if that is due, then write and return the row of `step`."""
+        task, log = self.task, self.log
+        found: dict[str, float] = {}
+        if task.evaluated(step):
+            self.watch.at(2 * step + 1, f"the evaluation after step {step}")
+            start = time.monotonic()
+            try:
+                found = task.evaluate(self._check)
+            except Stopped:
+                self._leave(step + 1)
+            seconds = time.monotonic() - start
+            log.clock.skip(seconds)
+            self.evaluating += seconds
+            share = self.evaluating / (time.monotonic() - self.started)
+            found |= {"speed/evaluation_share": round(share, 4)}
+        row = log.row(step) | found
+        log.write(row)
+        log.clock.restart(step + 1)
+        return row
+
+    def _check(self) -> None:
+        """Called by all ranks between the batches of an evaluation: ends it on all of them."""
+        if distributed.any_rank(bool(self.stop.received)):
+            raise Stopped(self.stop.received)
+
+    def _finish_record(self, first_step: int) -> dict:
+        """Write the row that a signal in the evaluation kept from being written; the last row."""
+        if first_step == 0:
+            return {}
+        path = Path(self.task.config.out) / "metrics.jsonl"
+        last = [{"step": -1}, *(read_metrics(path) if path.exists() else [])][-1]
+        # Rank 0's view counts: the others may see an older file
+        missing = self.task.recorded(first_step - 1) and last["step"] < first_step - 1
+        if distributed.any_rank(missing and self.task.ranks.rank == 0):
+            self.stop.eager = False
+            return self._record(first_step - 1)
+        return last
+
+    def _leave(self, done: int) -> None:
+        """Save, and end with `Stopped`; all ranks come here after the same step."""
+        name = self.stop.received or "a signal to another rank"
+        if self.task.ranks.rank == 0:
+            self._save(done)
+            self.log.say(
+                f"stopped by {name} after {done} of {self.task.total_steps} steps; the same "
+                "command continues"
+            )
+        distributed.barrier()
+        raise Stopped(name)
+
+    def _save(self, done: int) -> None:
+        self.watch.doing(f"the save after {done} steps")
+        self.log.say(self.saver.save(done))
+        self.log.clock.skip(self.saver.seconds)
+
+    def _give_up(self, done: int, bad_steps: int) -> None:
+        """Too many bad steps in a row; all ranks come here after the same step."""
+        out = self.task.config.out
+        first = done - 1 - bad_steps  # the host reads one step late
+        capture(self.task, Path(out) / "bad_step", first)
+        raise UserError(
+            f"loss or gradients were not finite in {bad_steps} steps in a row, from step {first} "
+            "on; none of them was taken and the checkpoints are good. To see what happened: "
+            f"ssl-xcit replay {out}. Try a lower --lr, a longer --warmup_epochs or "
+            "--precision fp32, in a new --out"
+        )
+
+
+def train_step(
+    task: Task, batches: Iterator, step: int, statistics: BatchStatistics, stop: bool = False
+) -> Float[Tensor, "2"]:
+    """One optimiser step over `accumulation_steps` micro-batches.
+
+    A loss that is not finite on any rank, or a gradient, makes the step a bad one: it changes
+    nothing. Returns, on the device: whether any rank wants to `stop`, and how many steps in a row
+    have been bad. Steps whose gradients were scaled beyond float16's range do not count for that:
+    the scale falls until they are not.
+    """
+    accumulation = task.config.optim.accumulation_steps
+    now = task.hyperparameters(step)
+    set_hyperparameters(task.optimizer, now["lr"], now["weight_decay"])
+    statistics.remember()
+    means = torch.zeros(len(task.meters.names) - 1, device=task.ranks.device)
+    for micro in range(accumulation):
+        last = micro == accumulation - 1
+        with contextlib.nullcontext() if last else keep_gradients(task.model):
+            loss, others = task.loss(next(batches), step, micro)
+            means += torch.stack([loss.detach(), *others]) / accumulation
+            if last:  # under way while the gradients are computed
+                shared = SharedMeans(task, means, stop)
+            task.scaler.scale(loss / accumulation).backward()
+    reduced, any_bad, any_stop = shared.wait()
+    optim = task.config.optim
+    parameters = list(task.bare_model.parameters())
+    task.scaler.unscale_(task.optimizer)
+    grad_norm = clip_gradients(parameters, optim.clip_grad, optim.clip_mode)
+    # Once there have been too many, nothing moves until the host has seen it
+    too_many = task.meters.skipped[0] >= task.config.run.max_bad_steps
+    bad = any_bad | ~grad_norm.isfinite() | too_many
+    scale = task.scaler.scale(grad_norm.new_ones(()))  # 1 but in float16
+    task.before_update(step)
+    task.optimizer.found_inf = bad.float()
+    task.optimizer.step()
+    task.optimizer.zero_grad(set_to_none=True)
+    task.after_update(step, reduced, bad)
+    statistics.restore(bad)
+    excused = bad & ~any_bad & (scale > 1)
+    task.scaler.update()
+    task.meters.add(*means, grad_norm, skip=bad, excused=excused)
+    return torch.stack([any_stop.float(), task.meters.skipped[0]])
+
+
+class SharedMeans:
+    """The one reduction of a step beside its gradients: the task's own means, and two flags."""
+
+    def __init__(self, task: Task, losses: Float[Tensor, " n"], stop: bool) -> None:
+        self.world_size = task.ranks.world_size
+        means = task.shared_means()
+        flags = losses.new_tensor([0.0, float(stop)])
+        flags[0] = ~losses.isfinite().all()
+        self.shape = means.shape
+        self.vector = torch.cat([means.flatten(), flags.to(means.dtype)])
+        self.work = dist.all_reduce(self.vector, async_op=True) if self.world_size > 1 else None
+
+    def wait(self) -> tuple[Tensor, Bool[Tensor, ""], Bool[Tensor, ""]]:
+        """(the task's means over ranks, whether any loss was not finite, whether to stop)."""
+        if self.work is not None:
+            self.work.wait()
+        means, flags = self.vector[:-2] / self.world_size, self.vector[-2:]
+        return means.view(self.shape), flags[0] > 0, flags[1] > 0
+
+
+class out_of_memory_advice(AbstractContextManager):  # noqa: N801 - reads as a statement
+    """Turns running out of memory into one line that names the options to change.
+
+    `others`: options beside the batch that cost memory, as "--name value". `savers`: those that
+    save some, beside activation checkpointing.
+    """
+
+    def __init__(self, config: TaskConfig, *others: str, savers: Iterable[str] = ()) -> None:
+        self.config, self.others, self.savers = config, others, savers
+
+    def __exit__(self, kind, error, traceback) -> None:
+        exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+            isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        )
+        if exhausted:
+            optim, run = self.config.optim, self.config.run
+            others = (*self.others, f"--precision {run.precision}")
+            savers = [*self.savers]
+            if not run.activation_checkpointing:
+                savers.append("--activation_checkpointing true")
+            save = f", give {' or '.join(savers)}" if savers else ""
+            raise UserError(
+                f"out of memory at --batch_size_per_gpu {optim.batch_size_per_gpu} with "
+                f"--accumulation_steps {optim.accumulation_steps}, {', '.join(others)}: "
+                f"halve the batch and double the accumulation for the same result{save}, or lower "
+                "the others"
+            ) from error

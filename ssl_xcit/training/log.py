@@ -1,0 +1,110 @@
+"""The records of a run while it trains: rows of metrics.jsonl, lines of progress, and speed."""
+
+import resource
+import time
+from pathlib import Path
+
+import torch
+
+from ssl_xcit.runtime import distributed
+from ssl_xcit.training.metrics import MetricsWriter, Progress, read_metrics
+from ssl_xcit.training.sinks import open_sinks
+from ssl_xcit.training.task import Task
+
+
+class Log:
+    """metrics.jsonl and the line of progress, on rank 0."""
+
+    def __init__(self, task: Task, out: Path, first_step: int) -> None:
+        self.task, self.chief = task, task.ranks.rank == 0
+        self.sinks = open_sinks(task.config, first_step, self.chief)
+        self.rows: list[dict] = []  # that the verdict rests on
+        self.said = ""  # the last verdict's name
+        if self.chief:
+            self.metrics = MetricsWriter(out / "metrics.jsonl", first_step)
+            self.rows = task.recent(read_metrics(self.metrics.path))
+        epochs = task.config.optim.epochs
+        self.progress = Progress(epochs, task.steps_per_epoch, first_step, quiet=not self.chief)
+        self.clock = IntervalClock(task, first_step)
+
+    def row(self, step: int) -> dict:
+        """The record of `step`: the one place where the host waits for the device."""
+        task = self.task
+        means = distributed.all_reduce_mean(task.meters.means()).tolist()
+        task.meters.reset()
+        speed, wait = self.clock.read(step + 1)
+        scheduled = task.hyperparameters(step).items()
+        return {
+            "step": step,
+            "epoch": step // task.steps_per_epoch,
+            "progress": round((step + 1) / task.total_steps, 6),
+            **dict(zip(task.meters.names, means, strict=True)),
+            "train/bad_steps": int(task.meters.skipped[1]),
+            **({"train/loss_scale": task.scaler.get_scale()} if task.scaler.is_enabled() else {}),
+            **{f"health/{name}": value for name, value in task.health().items()},
+            **{f"schedule/{name}": value for name, value in scheduled},
+            "speed/images_per_sec": round(speed, 2),
+            "speed/data_wait": round(wait, 4),
+            "memory/peak_gib": round(_peak_memory(task.ranks.device), 3),
+        }
+
+    def write(self, row: dict) -> None:
+        """Store and print a row, and what it means if that is another thing than before."""
+        if self.chief:
+            self.metrics.write(row)
+            for sink in self.sinks:
+                sink.write(row)
+            self.progress.log(row)
+            self.rows = self.task.recent([*self.rows, row])
+            found = self.task.verdict(self.rows)
+            if found is not None and found.name != self.said and row["progress"] < 1:
+                self.say(found.text)
+                self.said = found.name
+
+    def conclude(self) -> None:
+        """Print the last verdict."""
+        found = self.task.verdict(self.rows) if self.chief else None
+        if found is not None:
+            self.say(found.text)
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self.progress.say(text)
+
+    def close(self) -> None:
+        """Close what is open."""
+        self.progress.close()
+        if self.chief:
+            self.metrics.close()
+        for sink in self.sinks:
+            sink.close()
+
+
+class IntervalClock:
+    """Images per second and the share of time spent waiting for data, since the last record."""
+
+    def __init__(self, task: Task, done: int) -> None:
+        self.task = task
+        self.restart(done)
+
+    def restart(self, done: int) -> None:
+        """A new interval, after `done` steps."""
+        self.done, self.start = done, time.monotonic()
+        self.waited = self.task.loader.wait_seconds
+
+    def skip(self, seconds: float) -> None:
+        """Time that was not the training's: a save."""
+        self.start += seconds
+
+    def read(self, done: int) -> tuple[float, float]:
+        """(images per second over all ranks, data-wait share) up to `done` steps."""
+        seconds = time.monotonic() - self.start
+        images = (done - self.done) * self.task.global_batch
+        return images / seconds, (self.task.loader.wait_seconds - self.waited) / seconds
+
+
+def _peak_memory(device: torch.device) -> float:
+    """GiB: of the GPU's allocator, or of this process's resident set on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,206 @@
+"""Parameter groups, optimisers, gradient clipping and the freeze of the last layer, as in DINO."""
+
+from collections.abc import Callable, Collection, Iterable
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from ssl_xcit.runtime.errors import UserError
+
+
+def parameter_groups(
+    model: nn.Module,
+    undecayed: Collection[str] = (),
+    lr_scale: Callable[[str], float] = lambda name: 1.0,
+) -> list[dict]:
+    """The trainable parameters as [decayed, not decayed], DINO's rule (`get_params_groups`).
+
+    Not decayed: names that end in ".bias" and vectors (LayerNorm, BatchNorm, LayerScale). All else
+    is, including XCiT's `cls_token` (1, 1, d) and `temperature` (h, 1, 1) and the head's
+    `weight_g` (K, 1) when it is trained. Upstream's XCiT class has a `no_weight_decay` of its own,
+    for supervised training, that exempts the cls token; DINO does not ask it, the published models
+    were trained with the rule above, and so are ours. `undecayed` names further exemptions.
+
+    `lr_scale` says by which factor a parameter's learning rate differs from the schedule's; there
+    are two groups for each factor, in the order of the factors' first parameters.
+
+    The first group carries no "weight_decay" of its own (`set_hyperparameters` writes it every
+    step), the second 0. "param_names" holds the names, under the key that torch itself uses.
+    """
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    groups = []
+    for scale in dict.fromkeys(map(lr_scale, trainable)) or [1.0]:
+        decayed, plain = {}, {}
+        for name, parameter in trainable.items():
+            if lr_scale(name) == scale:
+                exempt = name.endswith(".bias") or parameter.ndim == 1 or name in undecayed
+                (plain if exempt else decayed)[name] = parameter
+        for named, facts in ((decayed, {"decayed": True}), (plain, {"weight_decay": 0.0})):
+            facts = {"decayed": False, "lr_scale": scale} | facts
+            groups.append({"params": list(named.values()), "param_names": list(named), **facts})
+    covered = [id(p) for group in groups for p in group["params"]]
+    assert sorted(covered) == sorted({id(p) for p in model.parameters() if p.requires_grad})
+    return groups
+
+
+def layer_scales(depth: int, decay: float) -> Callable[[str], float]:
+    """Layer-wise learning rates of an XCiT of `depth` blocks, for `parameter_groups`.
+
+    decay^(depth + 3 - layer), with the stem (patch embedding, positions, cls token) as layer 0,
+    block i as layer i + 1, class-attention block j as layer depth + 1 + j, the last LayerNorm with
+    the last of these, and the head as layer depth + 3 (Bao et al., "BEiT", 2022, appendix; layers
+    as timm counts them for XCiT).
+    """
+
+    def scale(name: str) -> float:
+        part, _, rest = name.partition(".")
+        if part == "head":
+            layer = depth + 3
+        elif part == "norm":
+            layer = depth + 2
+        elif part == "blocks":
+            layer = 1 + int(rest.split(".")[0])
+        elif part == "cls_attn_blocks":
+            layer = depth + 1 + int(rest.split(".")[0])
+        else:
+            layer = 0
+        return decay ** (depth + 3 - layer)
+
+    return scale
+
+
+def build_optimizer(name: str, groups: list[dict]) -> Optimizer:
+    """The optimiser `name` over `parameter_groups`: "adamw", "sgd" or "lars".
+
+    AdamW has torch's betas (0.9, 0.999) and eps 1e-8; SGD and LARS have momentum 0.9. Learning
+    rate and weight decay are 0 until `set_hyperparameters` is called, which is before every step.
+    AdamW and SGD are torch's fused ones, on the CPU too (there six times faster than the foreach
+    ones). All three leave everything as it is in a step in which their attribute `found_inf`, a
+    tensor on the device, is 1.
+
+    Raises UserError for another name.
+    """
+    if name == "adamw":
+        return AdamW(groups, lr=0.0, weight_decay=0.0, fused=True)
+    if name == "sgd":
+        optimizer = SGD(groups, lr=0.0, momentum=0.9, fused=True)
+        # From zeros the first step is the same; left to the fused kernel, the buffers would stay
+        # uninitialised when the first step is a bad one.
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
+    if name == "lars":
+        return LARS(groups, lr=0.0)
+    raise UserError(f"expected optimizer adamw, sgd or lars, got {name!r}")
+
+
+class LARS(Optimizer):
+    """SGD with momentum whose update is rescaled, tensor by tensor, to the size of the weights.
+
+    You et al. 2017, in the form of Barlow Twins (Zbontar et al. 2021), which DINO took over:
+
+        u = grad + weight_decay p
+        u = eta |p| / |u| u          (left alone when either norm is 0)
+        mu = momentum mu + u
+        p = p - lr mu
+
+    Vectors (biases, norm layers) get neither weight decay nor rescaling, in either group.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 0.0,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+        eta: float = 0.001,
+    ) -> None:
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eta": eta}
+        super().__init__(params, defaults)
+        self.found_inf: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update from the present gradients. Parameters without one are left untouched."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for vectors in (True, False):
+                self._update([p for p in parameters if (p.ndim == 1) == vectors], group, vectors)
+        return loss
+
+    def _update(self, parameters: list[nn.Parameter], group: dict, vectors: bool) -> None:
+        if not parameters:
+            return
+        updates = [p.grad for p in parameters]
+        if not vectors:
+            updates = torch._foreach_add(updates, parameters, alpha=group["weight_decay"])
+            sizes = torch.stack(torch._foreach_norm(parameters))
+            lengths = torch.stack(torch._foreach_norm(updates))
+            scales = torch.where(
+                (sizes > 0) & (lengths > 0), group["eta"] * sizes / lengths, torch.ones_like(sizes)
+            )
+            updates = torch._foreach_mul(updates, scales.unbind())
+        for p in parameters:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        momenta = [self.state[p]["momentum_buffer"] for p in parameters]
+        moved = torch._foreach_mul(momenta, group["momentum"])
+        torch._foreach_add_(moved, updates)
+        steps = torch._foreach_mul(moved, -group["lr"])
+        if self.found_inf is not None:  # a bad step: NaN times 0 would still be NaN
+            skip = self.found_inf > 0
+            moved = [torch.where(skip, *pair) for pair in zip(momenta, moved, strict=True)]
+            steps = [torch.where(skip, 0.0, step) for step in steps]
+        torch._foreach_copy_(momenta, moved)
+        torch._foreach_add_(parameters, steps)
+
+
+def set_hyperparameters(optimizer: Optimizer, lr: float, weight_decay: float) -> None:
+    """Write the step's learning rate into all groups, its weight decay into the decayed ones."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+        if group["decayed"]:
+            group["weight_decay"] = weight_decay
+
+
+@torch.no_grad()
+def clip_gradients(
+    parameters: Iterable[nn.Parameter],
+    clip: float,
+    mode: Literal["parameter", "global"] = "parameter",
+) -> Float[Tensor, ""]:
+    """Shrink the gradients in place to a norm of at most `clip`; 0 or less leaves them alone.
+
+    "parameter" is DINO's `clip_gradients`: each tensor has its own norm and its own factor
+    min(1, clip / (norm + 1e-6)). "global" uses one norm and one factor for all of them, which
+    regularises far more at the same `clip` (XCiT-S12 has 341 tensors, each allowed the whole norm).
+
+    Returns the global norm before clipping, as a tensor: nothing here waits for the device.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if not grads:
+        return torch.zeros(())
+    norms = torch.stack(torch._foreach_norm(grads))
+    total = torch.linalg.vector_norm(norms)
+    if clip > 0:
+        limited = norms if mode == "parameter" else total.expand_as(norms)
+        factors = (clip / (limited + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(grads, factors.unbind())
+    return total
+
+
+def freeze_last_layer(model: nn.Module) -> None:
+    """Drop the gradients of the head's last layer: the optimiser then skips it altogether.
+
+    No update, no weight decay and no moments, as in DINO's first epoch(s). Call it after clipping.
+    """
+    for name, parameter in model.named_parameters():
+        if "last_layer" in name:
+            parameter.grad = None
