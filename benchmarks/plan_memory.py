@@ -6,7 +6,7 @@ For each architecture fresh processes run two real optimiser steps on random pix
 same pieces as `ssl_xcit.dino.train`'s, and report
 
     tensors   most bytes of storages that operators' results occupied at once, without the scratch
-              memory inside of operators: what the plan foretells
+              memory inside of operators: what the plan predicts
     process   most resident memory, above what the process had before it built the networks
 
 glibc is told to give every larger block back at once, or its own caching would be measured.

@@ -6,7 +6,6 @@ from ssl_xcit.data.views import (
     EvalView,
     View,
     dino_views,
-    simclr_views,
     supervised_views,
     three_augment_views,
 )
@@ -32,10 +31,7 @@ def test_dino_views_without_local_crops_keep_their_two_groups():
     assert (len(large), len(small)) == (2, 0)
 
 
-def test_simclr_has_two_equal_views_and_supervision_one_plain_crop():
-    ((first, second),) = simclr_views(strength=0.5)
-    assert first == second
-    assert (first.brightness, first.hue, first.solarize) == (0.4, 0.1, 0.0)
+def test_supervision_has_one_plain_crop():
     assert supervised_views(160) == [[View(160, (0.08, 1.0))]]
 
 

@@ -1,4 +1,4 @@
-"""The cost of a pretraining, foretold.
+"""The predicted cost of a pretraining.
 
 Oracles: torch's own counters of FLOPs and of allocated memory, watching real steps of the same
 size, and arithmetic written out.

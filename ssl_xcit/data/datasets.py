@@ -81,7 +81,7 @@ class FolderLoader:
         std: Sequence[float] = IMAGENET_STD,
         subset: Int64[np.ndarray, "n"] | None = None,
     ) -> None:
-        from torchvision import transforms as T  # seconds to import, and .beton files need it not
+        from torchvision import transforms as T  # takes seconds; .beton files do without
 
         self.images, self.view, self.batch_size = images, view, batch_size
         self.mean, self.std = tuple(mean), tuple(std)

@@ -161,25 +161,6 @@ def dino_views(
     ]
 
 
-def simclr_views(size: int = 224, strength: float = 1.0, blur: float = 0.5) -> list[list[View]]:
-    """SimCLR's two equal views (Chen et al., 2020, appendix A).
-
-    The blur's sigma is meant for 224 pixels.
-    """
-    view = View(
-        size,
-        (0.08, 1.0),
-        jitter=0.8,
-        brightness=0.8 * strength,
-        contrast=0.8 * strength,
-        saturation=0.8 * strength,
-        hue=0.2 * strength,
-        grayscale=0.2,
-        blur=blur,
-    )
-    return [[view, view]]
-
-
 def supervised_views(
     size: int = 224,
     scale: tuple[float, float] = (0.08, 1.0),

@@ -217,7 +217,7 @@ class TrainConfig:
     out: str
     """The run folder; the same command again continues the run in it."""
     seed: int = 0
-    """Of everything random."""
+    """Random seed of the whole run."""
     crops: Crops = field(default_factory=Crops)
     model: Model = field(default_factory=Model)
     head: Head = field(default_factory=Head)
@@ -258,7 +258,7 @@ IMAGENET = 1_281_167  # training images of ImageNet-1k
 
 @dataclass(frozen=True)
 class PlanConfig(TrainConfig):
-    """Foretell what a pretraining costs; every option of main_dino.py, and the machine's."""
+    """Predict the cost of a pretraining. Takes every option of main_dino.py, and the machine's."""
 
     data: str = ""
     """Not needed: --images says how many images there are."""

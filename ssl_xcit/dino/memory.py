@@ -27,7 +27,7 @@ from ssl_xcit.dino.health import batch_means
 from ssl_xcit.dino.loss import DINOLoss
 from ssl_xcit.dino.networks import MultiCropWrapper, dino_network, split_crops
 from ssl_xcit.models.layers import FourierPositions
-from ssl_xcit.runtime.precision import autocast, foretold
+from ssl_xcit.runtime.precision import autocast, planned
 from ssl_xcit.training.optim import build_optimizer, clip_gradients, parameter_groups
 
 
@@ -61,7 +61,7 @@ def training_memory(config: TrainConfig, world_size: int, cuda: bool) -> Trainin
     buckets; a single rank frees them after each update. What bf16 autocast rounds is what it does
     on CPUs, which for these operators is what it does on GPUs.
     """
-    precision = foretold(config.run.precision, cuda)
+    precision = planned(config.run.precision, cuda)
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, precision=precision))
     _prepare_positions(config)
     with torch.device("meta"):

@@ -24,7 +24,7 @@ from ssl_xcit.models.flops import (
 )
 from ssl_xcit.models.xcit import XCiT
 from ssl_xcit.runtime.errors import UserError
-from ssl_xcit.runtime.precision import foretold
+from ssl_xcit.runtime.precision import planned
 
 
 class StepFlops(NamedTuple):
@@ -122,7 +122,7 @@ def _repeated(backbone: XCiT, side: int) -> int:
 
 
 def print_plan(config: PlanConfig) -> None:
-    """The plan for the eye."""
+    """The plan as text."""
     print(describe_plan(config, plan_training(config)))
 
 
@@ -144,7 +144,7 @@ def describe_plan(config: PlanConfig, plan: Plan) -> str:
         f"{config.gpus} GPUs x {optim.batch_size_per_gpu} images x {optim.accumulation_steps} = "
         f"{plan.global_batch:,} images a step, 2 views of {crops.global_crops_size} and "
         f"{crops.local_crops_number} of {crops.local_crops_size} pixels each, "
-        f"{foretold(config.run.precision, config.run.device != 'cpu')}",
+        f"{planned(config.run.precision, config.run.device != 'cpu')}",
         "",
         "FLOPs of a step, on each GPU (a multiply-add is 2)",
         *(

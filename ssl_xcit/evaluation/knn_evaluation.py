@@ -154,7 +154,7 @@ def _subject(config: KnnConfig) -> Subject | None:
 
 
 def _table(result: dict) -> str:
-    """The result for the eye."""
+    """The result as a table."""
     train, test = result["train"], result["test"]
     lines = [
         f"k-NN: {describe_subject(result)}",

@@ -319,7 +319,7 @@ def _common_facts(config: LinearConfig, ranks: Distributed, subject: Subject) ->
 
 
 def _table(result: dict) -> str:
-    """The result for the eye."""
+    """The result as a table."""
     lines = [f"linear classification: {describe_subject(result)}"]
     test = f"{result['test']['images']:,} test images, {result['classes']:,} classes"
     if "evaluated" in result:

@@ -39,7 +39,7 @@ def compare_zoo() -> dict:
 
 
 def zoo_text(table: dict) -> str:
-    """`compare_zoo` for the eye."""
+    """The result of `compare_zoo` as a table."""
     lines = [
         f"{'':47}{'parameters':>25}  {'FLOPs (multiply-adds), 10^6':>27}  {'published %':>15}",
         f"{'model':47}{'ours':>12} {'published':>12}  {'ours':>13} {'published':>13}  "
@@ -60,7 +60,7 @@ def zoo_text(table: dict) -> str:
 
 
 def result_text(result: dict) -> str:
-    """One evaluation for the eye."""
+    """One evaluation as a table."""
     view = result["preprocess"]
     shape = f"central {view['crop']} of short side" if view["crop"] else "square of side"
     name = result["model"] or "no published model"

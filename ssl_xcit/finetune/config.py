@@ -194,7 +194,7 @@ class FinetuneConfig:
     """Whose weights are read: of a pretraining, or (the last two) of a fine-tuning, where teacher
     stands for what that reported as its result."""
     seed: int = 0
-    """Of everything random."""
+    """Random seed of the whole run."""
     model: FinetuneModel = field(default_factory=FinetuneModel)
     views: Views = field(default_factory=Views)
     targets: Targets = field(default_factory=Targets)

@@ -19,7 +19,7 @@ class Start(NamedTuple):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     facts: dict  # as a `Subject`'s, and what was loaded
-    report: list[str]  # lines for the eye
+    report: list[str]  # lines to print
 
 
 def starting_point(config: FinetuneConfig, num_classes: int, in_chans: int) -> Start:

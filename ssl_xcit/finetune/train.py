@@ -283,7 +283,7 @@ class Finetuning(Task):
 
 
 def _table(result: dict) -> str:
-    """The result for the eye."""
+    """The result as a table."""
     train, test = result["train"], result["test"]
     lines = [
         f"fine-tuning, start: {describe_subject(result)}",

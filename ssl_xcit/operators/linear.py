@@ -31,8 +31,8 @@ class Linear(nn.Linear):
 def initialise(module: nn.Module) -> None:
     """The official start of all linear layers in `module`: normal of deviation 0.02, bias 0.
 
-    The official code cuts the normal at +-2, a hundred deviations, which is never. `trunc_normal_`
-    draws other numbers in torch 2.11 than in 2.15; `normal_` those of 2.15 in both.
+    The official code cuts the normal at +-2, a hundred deviations: no draw reaches that.
+    `trunc_normal_` draws other numbers in torch 2.11 than in 2.15; `normal_` those of 2.15 in both.
     """
     for layer in module.modules():
         if isinstance(layer, nn.Linear):

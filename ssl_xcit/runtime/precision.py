@@ -87,7 +87,7 @@ def quickest(device: torch.device) -> Precision:
     return Precision("fp32", f"bfloat16 products take {ratio:.3g} times as long here")
 
 
-def foretold(asked: str, cuda: bool) -> str:
+def planned(asked: str, cuda: bool) -> str:
     """What `asked` means on the machine of a plan: a GPU as they are today, or this CPU."""
     if asked != "auto":
         return asked
