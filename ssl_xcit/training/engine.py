@@ -200,14 +200,15 @@ def train_step(
     # Once there have been too many, nothing moves until the host has seen it
     too_many = task.meters.skipped[0] >= task.config.run.max_bad_steps
     bad = any_bad | ~grad_norm.isfinite() | too_many
-    scale = task.scaler.scale(grad_norm.new_ones(()))  # 1 but in float16
     task.before_update(step)
     task.optimizer.found_inf = bad.float()
     task.optimizer.step()
     task.optimizer.zero_grad(set_to_none=True)
     task.after_update(step, reduced, bad)
     statistics.restore(bad)
-    excused = bad & ~any_bad & (scale > 1)
+    excused = None
+    if task.scaler.is_enabled():
+        excused = bad & ~any_bad & (task.scaler.scale(grad_norm.new_ones(())) > 1)
     task.scaler.update()
     task.meters.add(*means, grad_norm, skip=bad, excused=excused)
     return torch.stack([any_stop.float(), task.meters.skipped[0]])
