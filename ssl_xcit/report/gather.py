@@ -6,7 +6,6 @@ the configuration. A run that has not saved or logged yet has a page without wha
 """
 
 import argparse
-import json
 import os
 import shlex
 import statistics
@@ -20,7 +19,7 @@ from ssl_xcit.finetune.config import FinetuneConfig
 from ssl_xcit.report import pictures as report_pictures
 from ssl_xcit.report.curves import curves
 from ssl_xcit.report.page import Number, Report, Result, page
-from ssl_xcit.report.runs import describe_run, job_states
+from ssl_xcit.report.runs import describe_run, job_states, read_json
 from ssl_xcit.runtime import options
 from ssl_xcit.runtime.config import read_config
 from ssl_xcit.runtime.errors import UserError, exit_on_user_error
@@ -54,7 +53,7 @@ def gather(run: Path, config: Config, results: Sequence[Path], device: str) -> R
     """All that the page shows of a run."""
     log = run / "metrics.jsonl"
     rows = read_metrics(log) if log.exists() else []
-    environment = _read_json(run / "environment.json")
+    environment = read_json(run / "environment.json")
     pretraining = isinstance(config, TrainConfig)
     found = [*find_results(run, [run, run / "eval"]), *find_results(run, results, asked=True)]
     found = sorted(dict.fromkeys(found), key=_place)
@@ -77,7 +76,7 @@ def gather(run: Path, config: Config, results: Sequence[Path], device: str) -> R
 def _read_run(run: Path) -> Config:
     if not (run / "config.yaml").is_file() or not (run / "run.json").is_file():
         raise UserError(f"{run} is no run folder: expected config.yaml and run.json in it")
-    kind = _read_json(run / "run.json").get("kind", "pretraining")
+    kind = read_json(run / "run.json").get("kind", "pretraining")
     return read_config(
         FinetuneConfig if kind == "fine-tuning" else TrainConfig, run / "config.yaml"
     )
@@ -172,7 +171,7 @@ def find_results(run: Path, paths: Sequence[Path], asked: bool = False) -> Itera
 
 def _results(run: Path, file: Path) -> Iterator[Result]:
     """The lines of one file; none if it is something else."""
-    result = _read_json(file)
+    result = read_json(file)
     if "versions" not in result or "source" not in result:
         return
     network, ours = _network(run, result)
@@ -208,15 +207,6 @@ def _network(run: Path, result: Mapping) -> tuple[str, bool]:
     ours = Path(os.path.realpath(run)) in Path(os.path.realpath(checkpoint)).parents
     owner = "" if ours or step is None else f"{checkpoint.parent.parent.name}, "
     return f"{result.get('role') or 'network'}, {owner}{where}", ours
-
-
-def _read_json(path: Path) -> dict:
-    """What the file says; {} if it says nothing."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -41,7 +41,7 @@ def find_runs(root: Path) -> Iterator[Path]:
 
 def describe_run(run: Path, states: dict[str, str]) -> dict[str, str]:
     """Column -> text; `states`: of the jobs that SLURM knows, by id."""
-    submission = _read_json(run / "slurm/submission.json")
+    submission = read_json(run / "slurm/submission.json")
     values = submission.get("sweep", {})
     swept = {name: options.as_text(value) for name, value in values.items()}
     log, epochs = run / "metrics.jsonl", _epochs(run)
@@ -57,7 +57,7 @@ def describe_run(run: Path, states: dict[str, str]) -> dict[str, str]:
         if not _fine_tunes(run):
             found["verdict"] = read_verdict(run).name
     probed = [row["probe/top1_cls"] for row in rows if "probe/top1_cls" in row]
-    evaluated = [row["top1"] for row in _read_json(run / "eval/knn.json").get("accuracy", [])]
+    evaluated = [row["top1"] for row in read_json(run / "eval/knn.json").get("accuracy", [])]
     if evaluated or probed:
         found["k-NN"] = f"{max(evaluated) if evaluated else probed[-1]:.2f}"
     if submission.get("job") in states:
@@ -108,21 +108,22 @@ def _epochs(run: Path) -> int | None:
 
 
 def _fine_tunes(run: Path) -> bool:
-    return _read_json(run / "run.json").get("kind") == "fine-tuning"
+    return read_json(run / "run.json").get("kind") == "fine-tuning"
 
 
 def _finished_epochs(run: Path) -> int:
     """Epochs in the newest checkpoint."""
-    documents = (_read_json(path) for path in run.glob("checkpoints/step_*/state.json"))
+    documents = (read_json(path) for path in run.glob("checkpoints/step_*/state.json"))
     return max((document.get("epoch", 0) for document in documents), default=0)
 
 
-def _read_json(path: Path) -> dict:
-    """What the file says; {} if there is none, or none yet."""
+def read_json(path: Path) -> dict:
+    """What the file says; {} if there is none, none yet, or no JSON object in it."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _duration(seconds: float) -> str:
