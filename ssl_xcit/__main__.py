@@ -1,12 +1,12 @@
 """The one command: `ssl-xcit COMMAND ...`, also as `python -m ssl_xcit COMMAND ...`."""
 
 import difflib
-import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ssl_xcit.runtime.errors import UserError, exit_on_user_error
+from ssl_xcit.runtime.references import resolve
 
 
 class Command(NamedTuple):
@@ -22,11 +22,11 @@ class Command(NamedTuple):
         """Run it with the words after its name."""
         function = f"ssl_xcit.{self.function}"
         if not self.config:
-            imported(self.function)([*self.words, *words])
+            resolve(function)([*self.words, *words])
             return
         from ssl_xcit.runtime.command import run_command  # takes longer than all that is above
 
-        run_command(imported(self.config), function, self.recipes, words)
+        run_command(resolve(f"ssl_xcit.{self.config}"), function, self.recipes, words)
 
 
 RECIPES = ("pretrain/{arch}.yaml",)
@@ -98,12 +98,6 @@ GROUPS = {
     },
 }
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
-
-
-def imported(name: str) -> Callable:
-    """What "module:name" below ssl_xcit stands for."""
-    module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(f"ssl_xcit.{module}"), attribute)
 
 
 def overview() -> str:

@@ -1,12 +1,12 @@
 """The body of a command."""
 
-import importlib
 from collections.abc import Sequence
 
 from ssl_xcit.runtime import processor
 from ssl_xcit.runtime.config import load_config
 from ssl_xcit.runtime.errors import exit_on_user_error
 from ssl_xcit.runtime.options import Config
+from ssl_xcit.runtime.references import resolve
 
 
 def run_command(
@@ -23,5 +23,4 @@ def run_command(
     with exit_on_user_error():
         config = load_config(cls, files, argv)
         processor.prepare()
-        module, function = target.split(":")
-        getattr(importlib.import_module(module), function)(config)
+        resolve(target)(config)

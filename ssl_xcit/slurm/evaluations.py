@@ -1,25 +1,24 @@
 """What can be submitted beside a pretraining, and which words of a command line are the job's."""
 
-import importlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from ssl_xcit.runtime import options
 from ssl_xcit.runtime.config import load_config
 from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.runtime.references import resolve
 from ssl_xcit.slurm.config import SlurmConfig
 
 
 class Script(NamedTuple):
-    """A script of eval/: the class of its settings and the recipes below them."""
+    """A script of eval/ and the class of its settings."""
 
     name: str
     config: type
-    files: tuple[str, ...]
 
     def check(self, arguments: Sequence[str]) -> object:
         """The settings that these arguments give. Raises UserError as the script would."""
-        return load_config(self.config, self.files, arguments)
+        return load_config(self.config, argv=arguments)
 
 
 CONFIGURATIONS = {
@@ -36,8 +35,7 @@ def find_script(name: str) -> Script:
     if name not in CONFIGURATIONS:
         known = ", ".join(CONFIGURATIONS)
         raise UserError(f"expected an evaluation ({known}), got {options.as_text(name)}")
-    module, _, cls = CONFIGURATIONS[name].partition(":")
-    return Script(name, getattr(importlib.import_module(f"ssl_xcit.{module}"), cls), ())
+    return Script(name, resolve(f"ssl_xcit.{CONFIGURATIONS[name]}"))
 
 
 def split_arguments(cls: type, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
