@@ -17,12 +17,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ssl_xcit.dino.config import TrainConfig
-from ssl_xcit.runtime.config import config_differences, read_config
+from ssl_xcit.runtime.config import INSTALLED, config_differences, read_config
 from ssl_xcit.runtime.errors import UserError
 from ssl_xcit.slurm.config import SlurmConfig
 from ssl_xcit.slurm.job import ROOT
 
 PROGRAM = ("ssl_xcit", "configs", "eval", "launch", "main_dino.py", "pyproject.toml")
+if INSTALLED:  # the package has the recipes in it, and beside it lie other people's packages
+    PROGRAM = ("ssl_xcit",)
 IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs"}  # file systems that no other machine sees
 
 
@@ -147,6 +149,8 @@ def describe(folder: Path, job: str, cluster: str, code: str, facts: dict) -> No
 
 def _commit() -> str:
     """The git commit of this program, with -dirty if it was changed; "" if unknown."""
+    if INSTALLED:  # git would describe whatever repository the environment lies in
+        return ""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     with contextlib.suppress(OSError):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""What each process of a SLURM job runs: a pretraining, or a script of eval/.
+"""What each process of a SLURM job runs: a pretraining, or an evaluation.
 
 A job may end before its work does: a preemption, the time limit, a lost node. Then the work is done
 by the next attempt at the same job, which finds on the disk how far the last one came. For that the
@@ -19,10 +19,11 @@ from typing import NoReturn
 
 from ssl_xcit.dino.config import TrainConfig
 from ssl_xcit.runtime import processor
+from ssl_xcit.runtime.config import PACKAGE
 from ssl_xcit.runtime.errors import UserError, exit_on_user_error
 from ssl_xcit.runtime.signals import SIGNALS, Stopped, StopSignals
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = PACKAGE.parent
 RUN_AGAIN = 144  # the status by which a job of submitit's local cluster asks for it
 
 
@@ -113,16 +114,15 @@ class PretrainJob(Job):
 
 @dataclass(frozen=True)
 class ScriptJob(Job):
-    """A script of eval/ with its arguments."""
+    """An evaluation: the name of its command, and its arguments."""
 
     script: str
     arguments: tuple[str, ...]
 
     def work(self) -> None:
-        """Run the script as its command would."""
-        path = str(ROOT / "eval" / f"{self.script}.py")
-        sys.argv = [path, *self.arguments]
-        runpy.run_path(path, run_name="__main__")
+        """Run the command."""
+        sys.argv = ["ssl-xcit", self.script, *self.arguments]
+        runpy.run_module("ssl_xcit", run_name="__main__")
 
 
 def job_id() -> str:

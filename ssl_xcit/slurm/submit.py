@@ -14,9 +14,6 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
-import submitit
-from submitit.core.utils import FailedJobError, FailedSubmissionError
-
 from ssl_xcit.dino.config import TrainConfig
 from ssl_xcit.runtime import options
 from ssl_xcit.runtime.errors import UserError
@@ -24,6 +21,12 @@ from ssl_xcit.slurm.config import SlurmConfig, SubmitConfig
 from ssl_xcit.slurm.evaluations import Script, find_script
 from ssl_xcit.slurm.folder import check_run_folder, describe, job_folder, next_code
 from ssl_xcit.slurm.job import Job, PretrainJob, ScriptJob
+
+try:
+    import submitit
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+except ModuleNotFoundError as error:
+    raise UserError("SLURM needs submitit: pip install 'ssl_xcit[slurm]'") from error
 
 PLACEHOLDER = "PLACEHOLDER: no --data given, nor slurm.images in configs/slurm.yaml"
 Member = tuple[TrainConfig, dict[str, options.Value]]  # a run, and the values of its sweep
@@ -178,7 +181,7 @@ def submit(config: SubmitConfig) -> None:
 
 
 def submit_script(script: Script, arguments: Sequence[str], slurm: SlurmConfig) -> None:
-    """Submit eval/NAME.py with these arguments, and say how to follow it.
+    """Submit an evaluation with these arguments, and say how to follow it.
 
     The evaluation of a run folder has its logs there, and by default its result in eval/; of
     anything else in a folder of its own in slurm.runs. Raises UserError as `submit` does.
@@ -198,12 +201,12 @@ def submit_script(script: Script, arguments: Sequence[str], slurm: SlurmConfig) 
 
     if slurm.dry_run:
         print(submission(next_code(out, slurm)).script())
-        print(_commented(f"eval/{script.name}.py {shlex.join(arguments)}\n"))
+        print(_commented(f"ssl-xcit {script.name} {shlex.join(arguments)}\n"))
         print(_commented(options.to_yaml(settings)))
         return
     with job_folder(out, slurm) as code:
         jobs = submission(code).submit()
-    print(f"job {jobs[0].job_id}, eval/{script.name}.py {shlex.join(arguments)}")
+    print(f"job {jobs[0].job_id}, ssl-xcit {script.name} {shlex.join(arguments)}")
     _print_advice(jobs, slurm, None)
     _run_now(jobs, slurm)
 
@@ -220,7 +223,7 @@ def _pretraining(config: SubmitConfig, runs: list[Member], code: str) -> Submiss
 
 
 def _evaluation_arguments(name: str, config: SubmitConfig, runs: list[Member]) -> list[list[str]]:
-    """What eval/NAME.py is given for each run, once its training has ended.
+    """What an evaluation is given for each run, once its training has ended.
 
     Raises UserError unless it is an evaluation that can be, of images that are named.
     """
@@ -229,7 +232,7 @@ def _evaluation_arguments(name: str, config: SubmitConfig, runs: list[Member]) -
         raise UserError(f"--eval takes {', '.join(AFTER_TRAINING)}, got {name}")
     if slurm.cluster != "slurm":
         raise UserError(
-            f"--eval needs SLURM, got cluster {slurm.cluster}: run eval/{name}.py afterwards"
+            f"--eval needs SLURM, got cluster {slurm.cluster}: run ssl-xcit {name} afterwards"
         )
     images = {
         "train": slurm.eval_train or config.probe.probe_train,

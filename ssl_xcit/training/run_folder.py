@@ -10,7 +10,13 @@ from pathlib import Path
 
 import torch
 
-from ssl_xcit.runtime.config import config_differences, read_config, save_config
+from ssl_xcit.runtime.config import (
+    INSTALLED,
+    PACKAGE,
+    config_differences,
+    read_config,
+    save_config,
+)
 from ssl_xcit.runtime.errors import UserError
 from ssl_xcit.runtime.processor import usable_cores
 from ssl_xcit.training.config import TaskConfig
@@ -83,10 +89,12 @@ def versions() -> dict[str, str | None]:
 
 def commit() -> str | None:
     """The code's commit: what a job's frozen copy notes beside it, else git's word, if any."""
-    folder = Path(__file__).resolve().parents[2]
+    folder = PACKAGE.parent
     noted = folder / "COMMIT"
     if noted.is_file():
         return noted.read_text().strip() or None
+    if INSTALLED:  # git would describe whatever repository the environment lies in
+        return None
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
