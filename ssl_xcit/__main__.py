@@ -106,7 +106,7 @@ COMMANDS = {name: command for group in GROUPS.values() for name, command in grou
 COMPLETION = """\
 _ssl_xcit() {
     local word="${COMP_WORDS[COMP_CWORD]}" words="" part command=()
-    case "${COMP_WORDS[*]:1:COMP_CWORD-1}" in
+    case "${COMP_WORDS[*]:1:$((COMP_CWORD - 1))}" in
 @CASES@
     esac
     if [[ "$word" == -* ]]; then
@@ -115,7 +115,7 @@ _ssl_xcit() {
             command+=("$part")
         done
         words=$(ssl-xcit "${command[@]}" --help 2>/dev/null)
-        words=$(grep -o -- '--[A-Za-z][A-Za-z0-9_.-]*' <<<"$words")
+        words=$(grep -o -- '--[A-Za-z][A-Za-z0-9_.-]*' <<<"$words" | sort -u)
     fi
     COMPREPLY=($(compgen -W "$words" -- "$word"))
 }
@@ -133,15 +133,15 @@ def overview() -> str:
 
 def completion(words: Sequence[str]) -> None:
     """Print the script by which bash or zsh completes commands and options."""
-    if "-h" in words or "--help" in words:
-        print(
-            "usage: ssl-xcit completion bash|zsh\n\nPrint a script that completes commands and "
-            "options. To have it in every new shell, add this line to\n~/.bashrc (for zsh: zsh, "
-            "~/.zshrc):\n\n    source <(ssl-xcit completion bash)"
-        )
-        return
-    if list(words) not in (["bash"], ["zsh"]):
-        raise UserError(f"expected the shell, bash or zsh, got {' '.join(words) or 'nothing'}")
+    import argparse  # no other command's start waits for it
+
+    parser = argparse.ArgumentParser(
+        prog="ssl-xcit completion",
+        description="Print a script that completes commands and options. Your ~/.bashrc loads it "
+        "by the line: source <(ssl-xcit completion bash)",
+    )
+    parser.add_argument("shell", choices=("bash", "zsh"))
+    shell = parser.parse_args(words).shell
     following: dict[str, list[str]] = {}
     for first, _, second in (name.partition(" ") for name in COMMANDS):
         if first not in following.setdefault("", []):
@@ -149,7 +149,7 @@ def completion(words: Sequence[str]) -> None:
         if second:
             following.setdefault(first, []).append(second)
     cases = (f'        "{typed}") words="{" ".join(n)}" ;;' for typed, n in following.items())
-    print((ZSH if words[0] == "zsh" else "") + COMPLETION.replace("@CASES@", "\n".join(cases)))
+    print((ZSH if shell == "zsh" else "") + COMPLETION.replace("@CASES@", "\n".join(cases)))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

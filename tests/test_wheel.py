@@ -1,7 +1,8 @@
 """The wheel: what it holds, and that it works where there is no checkout.
 
 It is built from a copy of the checkout and unpacked into a folder of its own. The commands run in
-another folder, and fail if they open a file of the checkout. The libraries are those of the tests.
+another folder, and fail if they open a file of the checkout, or load FFCV or OpenCV. The libraries
+are those of the tests.
 """
 
 import json
@@ -28,13 +29,24 @@ SOURCES = ("ssl_xcit", "configs", "pyproject.toml", "README.md", "LICENSE")
 
 # Python imports this module when it starts.
 GUARD = """
+import atexit
+import os
 import sys
 
 def forbid(event, arguments):
     if event == "open" and str(arguments[0]).startswith({forbidden!r}):
         raise AssertionError(f"opens {{arguments[0]}} of the checkout")
 
+def check():
+    with open("/proc/self/maps") as file:
+        libraries = {{word for line in file for word in line.split() if ".so" in word}}
+    loaded = [word for word in libraries if "ffcv" in word or "opencv" in word]
+    if loaded:
+        print("loads", *loaded, file=sys.stderr, flush=True)
+        os._exit(3)
+
 sys.addaudithook(forbid)
+atexit.register(check)
 """
 
 
@@ -99,9 +111,12 @@ def test_the_wheel_holds_every_module_and_every_recipe_and_nothing_else(wheel):
     assert "ssl_xcit/configs/pretrain/xcit_nano_12_p8.yaml" in held
 
 
-def test_the_guard_notices_a_file_of_the_checkout(site, elsewhere):
+def test_the_guard_notices_a_file_of_the_checkout_and_ffcv(site, elsewhere):
     with pytest.raises(AssertionError, match=r"opens .*demo\.yaml of the checkout"):
         python(site, elsewhere, "-c", f"open({str(ROOT / 'configs/demo.yaml')!r})")
+    code = "import ctypes, ssl_xcit.data.turbojpeg as t; t.NAMES = ()\n"
+    with pytest.raises(AssertionError, match=r"loads .*_libffcv"):
+        python(site, elsewhere, "-c", code + "t.load_turbojpeg(ctypes.CDLL)")
 
 
 def test_what_is_imported_is_the_wheels(site, elsewhere):
@@ -128,7 +143,7 @@ def test_a_command_works_outside_of_the_checkout(site, elsewhere, words, promise
 
 
 def test_a_run_of_20_steps_and_its_evaluation_by_a_job(site, elsewhere):
-    """The evaluation is a job of the cluster "debug", which is this very process."""
+    """With libturbojpeg alone. The cluster is "debug": its jobs run in the submitting process."""
     small = "--global_crops_size 32 --local_crops_size 16 --local_crops_number 1 --out_dim 64"
     small += " --batch_size_per_gpu 2 --epochs 1 --device cpu --log_every 1"
     words = f"pretrain --arch xcit_nano_12_p16 --data train.beton --out run {small}".split()
