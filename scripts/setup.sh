@@ -113,7 +113,11 @@ environment() {
     fi
     echo "setting up $venv with $version (torch is large: minutes the first time)"
     "$python" -m venv "$venv" $clear
-    # Not compiled: Python does that with what it imports, a part of it, when it first does
+    # torch comes for CUDA with its libraries (5 GB) to machines without a GPU, too: PyPI has no CPU
+    # build of the pinned version, and the CUDA build cannot be imported without them. pip prefers
+    # the CPU build (2.15.0+cpu, 0.2 GB) by itself where an index has one, such as PyTorch's own:
+    #     PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+    # Not compiled: Python compiles each module when it is first imported, most never
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile \
         -r "$requirements"
     [ "$requirements" = requirements-dev.txt ] && wanted+=$'\n'$(checksum requirements.txt)

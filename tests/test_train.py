@@ -434,9 +434,7 @@ def test_bf16_trains_in_float32_weights(photos, tmp_path):
 def test_the_commit_is_gits_word_or_what_a_frozen_copy_notes_and_missing_git_is_no_error(
     tmp_path, monkeypatch
 ):
-    frozen = tmp_path / "ssl_xcit/training"
-    frozen.mkdir(parents=True)
-    monkeypatch.setattr(run_folder, "__file__", str(frozen / "run_folder.py"))
+    monkeypatch.setattr(run_folder, "PACKAGE", tmp_path / "ssl_xcit")
     assert run_folder.commit() is None
     monkeypatch.setenv("PATH", str(tmp_path))  # no git there
     assert run_folder.commit() is None
