@@ -113,9 +113,10 @@ environment() {
     fi
     echo "setting up $venv with $version (torch is large: minutes the first time)"
     "$python" -m venv "$venv" $clear
-    # torch comes for CUDA with its libraries (5 GB) to machines without a GPU, too: PyPI has no CPU
-    # build of the pinned version, and the CUDA build cannot be imported without them. pip prefers
-    # the CPU build (2.15.0+cpu, 0.2 GB) by itself where an index has one, such as PyTorch's own:
+    # Without a GPU, too, torch is the build for CUDA with its libraries (5 GB): PyPI has no CPU build
+    # of the pinned version, the CUDA build needs the libraries, and PyPI's torchvision needs the
+    # CUDA build. pip by itself prefers CPU builds (2.15.0+cpu, 0.2 GB) where an index has them, as
+    # PyTorch's own has of both:
     #     PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
     # Not compiled: Python compiles each module when it is first imported, most never
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile \

@@ -1,9 +1,10 @@
-"""`ssl-xcit doctor`: what this machine has for a training, what it lacks, one line each.
+"""`ssl-xcit doctor`: what this machine has for training and what it lacks, one line each.
 
-ok: as it should be. warn: training works, with the loss that the line names. missing: it does not.
+ok: as it should be. warn: training works, and the line says what does not. missing: it does not.
 """
 
 import argparse
+import ctypes
 import importlib
 import importlib.metadata
 import importlib.util
@@ -45,9 +46,18 @@ def versions() -> list[Finding]:
     findings = [(OK, f"Python {platform.python_version()}, {line}; recipes in {CONFIGS}")]
     try:
         importlib.import_module("ssl_xcit.dino.train")
-    except (ImportError, UserError) as error:
+    except (ImportError, OSError, UserError) as error:  # OSError: of a library
         return [*findings, (MISSING, f"training: {error}")]
-    return [*findings, (OK, "training: every module can be imported")]
+    findings.append((OK, "training: every module can be imported"))
+    spec = importlib.util.find_spec("torchvision")
+    for folder in spec.submodule_search_locations if spec else []:
+        for library in Path(folder).glob("_C*.so"):  # its own import takes seconds
+            try:
+                ctypes.CDLL(str(library))
+            except OSError as error:
+                line = f"torchvision: {error}: install the build that belongs to your torch"
+                findings.append((WARN, f"{line}; without, no datasets by name or image folders"))
+    return findings
 
 
 def accelerator() -> list[Finding]:
@@ -56,7 +66,7 @@ def accelerator() -> list[Finding]:
         import torch
 
         from ssl_xcit.runtime import precision
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         return [(MISSING, f"torch: {error}")]
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     names = {torch.cuda.get_device_name(number) for number in range(count)}
@@ -85,8 +95,6 @@ def threads() -> list[Finding]:
 
 def jpeg() -> list[Finding]:
     """The JPEG decoder, and FFCV, which is not needed."""
-    import ctypes
-
     try:
         load_turbojpeg(ctypes.CDLL)
     except UserError as error:

@@ -9,6 +9,7 @@ import sys
 from collections import namedtuple
 from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -72,6 +73,15 @@ def test_without_torch_nothing_can_be_trained(examine, monkeypatch):
         assert found[subject][0] == "missing"
         assert "torch" in found[subject][1]
     assert found["JPEG"][0] == "ok"
+
+
+def test_a_torchvision_of_another_build_is_a_warning(examine, monkeypatch, tmp_path):
+    (tmp_path / "_C.so").write_text("for another torch")
+    spec = mock.Mock(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr("importlib.util.find_spec", {"torchvision": spec}.get)
+    found, status = examine()
+    assert (found["torchvision"][0], status) == ("warn", 0)
+    assert "_C.so: " in found["torchvision"][1]
 
 
 @pytest.fixture
