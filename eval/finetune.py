@@ -11,8 +11,9 @@ medium_24_p16 82.63. The work is done by ssl_xcit/finetune/train.py, through the
 pretraining.
 """
 
-from ssl_xcit.finetune.config import FinetuneConfig
-from ssl_xcit.runtime.command import run_command
+import sys
+
+from ssl_xcit.__main__ import COMMANDS
 
 if __name__ == "__main__":
-    run_command(FinetuneConfig, "ssl_xcit.finetune.train:finetune")
+    COMMANDS["finetune"](sys.argv[1:])

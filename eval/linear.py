@@ -9,8 +9,9 @@ Published for DINO's XCiT on ImageNet (--features cls, chosen on the test images
 ssl_xcit/evaluation/linear_evaluation.py, linear.py and features.py.
 """
 
-from ssl_xcit.evaluation.config import LinearConfig
-from ssl_xcit.runtime.command import run_command
+import sys
+
+from ssl_xcit.__main__ import COMMANDS
 
 if __name__ == "__main__":
-    run_command(LinearConfig, "ssl_xcit.evaluation.linear_evaluation:evaluate_linear")
+    COMMANDS["linear"](sys.argv[1:])

@@ -9,8 +9,9 @@ Published for the 42 models: --list, for example 85.12 for the one above. The wo
 ssl_xcit/evaluation/: supervised.py and supervised_tables.py.
 """
 
-from ssl_xcit.evaluation.config import SupervisedConfig
-from ssl_xcit.runtime.command import run_command
+import sys
+
+from ssl_xcit.__main__ import COMMANDS
 
 if __name__ == "__main__":
-    run_command(SupervisedConfig, "ssl_xcit.evaluation.supervised:evaluate_supervised")
+    COMMANDS["supervised"](sys.argv[1:])

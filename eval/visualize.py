@@ -9,8 +9,9 @@ where each head of the last class-attention layer looks. The work is done by
 ssl_xcit/report/visualize.py.
 """
 
-from ssl_xcit.report.config import VisualizeConfig
-from ssl_xcit.runtime.command import run_command
+import sys
+
+from ssl_xcit.__main__ import COMMANDS
 
 if __name__ == "__main__":
-    run_command(VisualizeConfig, "ssl_xcit.report.visualize:visualize")
+    COMMANDS["visualize"](sys.argv[1:])
