@@ -24,11 +24,10 @@ from ssl_xcit.checkpoints import folder as checkpoint
 from ssl_xcit.checkpoints.read import read_weights
 from ssl_xcit.data.loader import EvalLoader
 from ssl_xcit.data.pixels import IMAGENET_MEAN, IMAGENET_STD
-from ssl_xcit.finetune.augment import RandAugment, random_erase
+from ssl_xcit.finetune.augment import Mixing, RandAugment, random_erase
 from ssl_xcit.finetune.average import WeightAverage
 from ssl_xcit.finetune.config import FinetuneConfig
 from ssl_xcit.finetune.distillation import distillation_loss, load_teacher
-from ssl_xcit.finetune.mixing import Mixing
 from ssl_xcit.finetune.train import Finetuning, finetune
 from ssl_xcit.models.xcit import build_xcit
 from ssl_xcit.runtime import distributed, draws

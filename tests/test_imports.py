@@ -39,8 +39,7 @@ OWNERS = {
     "jsonargparse": {"runtime.options"},
     "yaml": {"runtime.options"},
     "submitit": {"slurm.submit"},
-    "torchvision": {"data.images", "data.datasets", "finetune.mixing", "finetune.augment"}
-    | {"finetune.distillation"},
+    "torchvision": {"data.images", "data.datasets", "finetune.augment"} | {"finetune.distillation"},
     "numba": {"data.kernels", "data.loader", "data.batches"},
     "llvmlite": {"data.kernels"},
     "ffcv": {"data.kernels"},
@@ -53,8 +52,9 @@ OWNERS = {
 PLAIN = {"operators", "models"}
 PLAIN_MODULES = {"dino.head", "dino.loss", "dino.teacher", "dino.health", "data.views"}
 PLAIN_MODULES |= {"data.kernels", "runtime.draws", "training.optim", "training.schedules"}
-PLAIN_MODULES |= {"training.metrics", "evaluation.linear", "evaluation.classifier"}
-PLAIN_MODULES |= {"finetune.mixing", "finetune.augment", "finetune.average"}
+PLAIN_MODULES |= {"training.metrics", "evaluation.accuracy", "evaluation.linear_classifiers"}
+PLAIN_MODULES |= {"evaluation.linear_file"}
+PLAIN_MODULES |= {"finetune.augment", "finetune.average"}
 PLAIN_MODULES |= {"finetune.distillation"}
 # Imported by every --help, so nothing heavy.
 LIGHT = {"runtime.errors", "runtime.processor", "runtime.options", "runtime.config"}

@@ -27,17 +27,17 @@ from ssl_xcit.data.views import EvalView
 from ssl_xcit.data.writer import write_beton
 from ssl_xcit.dino.config import Crops, TrainConfig
 from ssl_xcit.dino.probe import knn_probe
-from ssl_xcit.evaluation import knn, knn_evaluation
+from ssl_xcit.evaluation import knn
 from ssl_xcit.evaluation.cache import fingerprint, load_features
 from ssl_xcit.evaluation.config import KnnConfig
 from ssl_xcit.evaluation.knn import (
     cosine_top_k,
+    evaluate_knn,
     find_neighbours,
     knn_accuracy,
     knn_predictions,
     weighted_vote,
 )
-from ssl_xcit.evaluation.knn_evaluation import evaluate_knn
 from ssl_xcit.models.variants import VARIANTS
 from ssl_xcit.models.xcit import build_xcit
 from ssl_xcit.runtime import precision
@@ -438,7 +438,7 @@ def test_a_run_folder_is_evaluated_with_its_own_weights_and_statistics(
     assert (result["source"], result["role"], result["arch"]) == ("checkpoint", role, ARCH)
     assert result["step"] == 12
     assert result["checkpoint"] == str(run / "checkpoints" / "step_00000012")
-    assert result["transform"]["mean"] == (0.1, 0.2, 0.3)
+    assert result["transform"]["mean"] == [0.1, 0.2, 0.3]
 
 
 def test_the_result_is_printed_and_stored_with_all_that_decided_it(betons, run, capsys, tmp_path):
@@ -486,7 +486,7 @@ def test_the_untrained_network_is_that_of_its_seed_and_no_other_draw_changes(bet
         assert (results[seed]["source"], results[seed]["seed"]) == ("random_init", seed)
     for seed, result in results.items():
         imagenet = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-        assert result["transform"]["mean"] == imagenet["mean"]
+        assert result["transform"]["mean"] == list(imagenet["mean"])
         assert top1(result) == pytest.approx(
             expected_accuracy(seed, betons, "cls", (1, 5), **imagenet)
         )
@@ -513,7 +513,7 @@ def test_the_search_gets_the_views_and_settings_of_the_configuration(betons, mon
         calls.append(arguments)
         return find_neighbours(*arguments)
 
-    monkeypatch.setattr(knn_evaluation, "find_neighbours", spy)
+    monkeypatch.setattr(knn, "find_neighbours", spy)
     config = knn_config(betons, pixels=True, k=(3, 4), temperature=(0.5, 0.01), batch_size=16)
     config = dataclasses.replace(config, resize=27, crop=20, interpolation="bilinear")
     result = evaluate_knn(config)
@@ -614,17 +614,17 @@ def test_folders_of_images_give_the_result_of_the_files_written_from_them(betons
 
 SMALL_PARTS = """
 import time
-from ssl_xcit.evaluation import cache as feature_cache
+from ssl_xcit.evaluation import cache, features
 from ssl_xcit.runtime.command import run_command
 from ssl_xcit.evaluation.config import KnnConfig
 
-def slowly(*arguments, extract=feature_cache.extract_features, **options):
+def slowly(*arguments, extract=features.extract_features, **options):
     time.sleep(0.05)  # or the last part might be there before a kill comes
     return extract(*arguments, **options)
 
-feature_cache.PART = 8
-feature_cache.extract_features = slowly
-run_command(KnnConfig, "ssl_xcit.evaluation.knn_evaluation:evaluate_knn")
+cache.PART = 8
+features.extract_features = slowly
+run_command(KnnConfig, "ssl_xcit.evaluation.knn:evaluate_knn")
 """
 
 

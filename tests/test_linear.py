@@ -28,11 +28,16 @@ from ssl_xcit.data.loader import EvalLoader, MultiCropLoader
 from ssl_xcit.data.views import EvalView, supervised_views
 from ssl_xcit.data.writer import write_beton
 from ssl_xcit.dino.config import Crops, TrainConfig
-from ssl_xcit.evaluation import linear
-from ssl_xcit.evaluation.classifier import Classifier, load_classifier, save_classifier
+from ssl_xcit.evaluation import linear_classifiers
 from ssl_xcit.evaluation.config import LinearConfig
-from ssl_xcit.evaluation.linear import LinearGrid, LogisticRegression, ranked_classes, split
-from ssl_xcit.evaluation.linear_evaluation import evaluate_linear
+from ssl_xcit.evaluation.linear import evaluate_linear
+from ssl_xcit.evaluation.linear_classifiers import (
+    LinearGrid,
+    LogisticRegression,
+    ranked_classes,
+    split,
+)
+from ssl_xcit.evaluation.linear_file import Classifier, load_classifier, save_classifier
 from ssl_xcit.evaluation.linear_protocols import select
 from ssl_xcit.models.xcit import build_xcit
 from ssl_xcit.runtime import precision
@@ -147,7 +152,7 @@ def test_a_grid_goes_on_from_its_saved_state_bit_for_bit():
 
 @pytest.mark.parametrize(("classes", "top"), [(3, 3), (9, 5)])
 def test_classes_are_ranked_by_their_logits(classes, top, monkeypatch):
-    monkeypatch.setattr(linear, "CHUNK", 4)
+    monkeypatch.setattr(linear_classifiers, "CHUNK", 4)
     generator = torch.Generator().manual_seed(0)
     weight, bias = (torch.randn(classes, *s, generator=generator).double() for s in ((7,), ()))
     features = torch.randn(10, 7, generator=generator)
@@ -180,8 +185,8 @@ def scikit_learn_fit(features, labels, l2):
 def test_a_fit_equals_scikit_learn(digits, l2, kept, monkeypatch):
     features, labels = digits
     _, bias, (scaler, model) = scikit_learn_fit(features, labels, l2)
-    monkeypatch.setattr(linear, "CHUNK", 97)  # the sums are over chunks
-    monkeypatch.setattr(linear, "KEPT", 600 * 64 - (not kept))
+    monkeypatch.setattr(linear_classifiers, "CHUNK", 97)  # the sums are over chunks
+    monkeypatch.setattr(linear_classifiers, "KEPT", 600 * 64 - (not kept))
     # An objective near 1 tells no smaller gradients apart than the root of float64's precision,
     # 1.5e-8: below, it depends on the processor's order of summation whether a search ends well.
     tolerance = 3e-8 if l2 == 1.0 else 1e-8

@@ -1,4 +1,4 @@
-"""k-NN classification of frozen features: DINO's weighted vote, searched in bounded memory.
+"""k-NN classification of frozen features: DINO's weighted vote, and the evaluation by it.
 
 For a test image with the k most similar training images j (cosine similarity s_j, class y_j), the
 score of class c is the sum over j with y_j = c of exp(s_j / temperature): equation and defaults
@@ -10,7 +10,9 @@ neither on the block size nor on the device:
 - equally scored classes: the smaller class number ranks first.
 """
 
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -18,11 +20,28 @@ import torch.nn.functional as F
 from jaxtyping import Float64, Int64, Real
 from torch import Tensor
 
+from ssl_xcit.data.loader import rank_share
+from ssl_xcit.evaluation.accuracy import accuracy
+from ssl_xcit.evaluation.cache import cached_features, load_facts, load_features, precision_of
+from ssl_xcit.evaluation.config import KnnConfig
+from ssl_xcit.evaluation.features import Extraction, Features, require_finite
+from ssl_xcit.evaluation.results import (
+    Result,
+    describe_images,
+    describe_machine,
+    describe_subject,
+    run_evaluation,
+    write_result,
+)
+from ssl_xcit.runtime import distributed
+from ssl_xcit.runtime.distributed import Distributed
 from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.runtime.precision import settled
 
 GRID_BITS = 31  # similarities are rounded to multiples of 2^-31 = 4.7e-10
 INDEX_MASK = 2**31 - 1  # training images that a search can number
 BLOCK_ELEMENTS = 2**23  # of float64: 64 MiB
+COLUMNS = (("features", 10), ("k", 6), ("T", 8), ("top-1 %", 10), ("top-5 %", 10))
 
 
 def cosine_top_k(
@@ -126,12 +145,8 @@ def find_neighbours(
     """
     if k < 1:
         raise UserError(f"k must be at least 1, got {k}")
-    for name, features in (("training", train_features), ("test", test_features)):
-        if not torch.isfinite(features).all():
-            raise UserError(
-                f"the {name} features contain NaN or infinity: the network has diverged; "
-                "take an earlier checkpoint"
-            )
+    require_finite(train_features, "the training features")
+    require_finite(test_features, "the test features")
     classes, train_classes = train_labels.unique(return_inverse=True)
     similarities, indices = cosine_top_k(train_features, test_features, k)
     return Neighbours(similarities, train_classes[indices], classes)
@@ -155,12 +170,6 @@ def knn_predictions(
     return {k: neighbours.votes(k, temperature) for k in ks}
 
 
-def accuracy(ranked: Int64[Tensor, "m top"], labels: Int64[Tensor, " m"]) -> tuple[float, float]:
-    """(top-1, top-5) in percent of classes ranked best first."""
-    hits = (ranked == labels[:, None]).sum(dim=0)
-    return 100 * hits[0].item() / len(labels), 100 * hits.sum().item() / len(labels)
-
-
 def knn_accuracy(
     train_features: Real[Tensor, "n d"],
     train_labels: Int64[Tensor, " n"],
@@ -175,3 +184,106 @@ def knn_accuracy(
     """
     ranked = knn_predictions(train_features, train_labels, test_features, ks, temperature)
     return {k: accuracy(classes, test_labels) for k, classes in ranked.items()}
+
+
+def knn(
+    train: Features,
+    test: Features,
+    ks: Sequence[int],
+    temperatures: Sequence[float],
+    ranks: Distributed,
+) -> list[dict]:
+    """Accuracy for every temperature and k, from one search that the ranks share.
+
+    Returns rows of k, temperature, voters (the training images that vote: fewer than k if there
+    are no more) and top1, top5 in percent, the same on every rank.
+    """
+    mine = torch.from_numpy(rank_share(test.indices.numpy(), ranks.rank, ranks.world_size))
+    parts = (train.features, train.labels, test.features[mine])
+    neighbours = find_neighbours(*(part.to(ranks.device) for part in parts), max(ks))
+    rows = []
+    for temperature in temperatures:
+        for k in ks:
+            ranked = distributed.gather_variable(neighbours.votes(k, temperature).cpu())
+            top1, top5 = accuracy(ranked, test.labels)
+            row = {"k": k, "temperature": temperature, "voters": min(k, len(train.labels))}
+            rows.append(row | {"top1": top1, "top5": top5})
+    return rows
+
+
+def evaluate_knn(config: KnnConfig) -> dict:
+    """k-NN accuracy of a checkpoint, of an untrained network or of the pixels, as `config` says.
+
+    Prints a table, and writes what it returns as JSON to `config.out` if that is set: "accuracy"
+    has a row for each kind of features, temperature and k, see `knn`; the rest is everything that
+    decided them. With torchrun the ranks share the images and the search, and rank 0 reports.
+
+    Raises UserError for what the user can mend: images that are missing or do not belong together,
+    a checkpoint that is no backbone or for other images, features that are not finite.
+    """
+    return run_evaluation(lambda ranks: _measure(config, ranks), config.device, config.out)
+
+
+def _measure(config: KnnConfig, ranks: Distributed) -> Result:
+    start = time.perf_counter()
+    if config.load_features:
+        folder = Path(config.load_features)
+        facts = load_facts(folder)
+        train, test = (load_features(folder, name) for name in ("train", "test"))
+    else:
+        train, test, facts = _extract(config, ranks)
+    extracted = time.perf_counter()
+    rows = [
+        {"features": kind} | row
+        for kind in facts["features"]
+        for row in knn(train[kind], test[kind], config.k, config.temperature, ranks)
+    ]
+    searched = time.perf_counter()
+    seconds = {
+        "features": round(extracted - start, 3),
+        "search": round(searched - extracted, 3),
+    }
+    heading = [
+        f"k-NN: {describe_subject(facts)}",
+        f"{facts['test']['images']:,} test images, {facts['train']['images']:,} training images, "
+        f"{facts['train']['classes']:,} classes",
+    ]
+    facts = {**facts, "accuracy": rows, "seconds": seconds, **describe_machine(ranks)}
+    return Result(facts, heading, COLUMNS, map(_cells, rows))
+
+
+def _extract(
+    config: KnnConfig, ranks: Distributed
+) -> tuple[dict[str, Features], dict[str, Features], dict]:
+    """Features of each kind of both datasets, and the facts about them."""
+    folder = Path(config.save_features) if config.save_features else None
+    config = settled(config, ranks, None if folder is None else precision_of(folder))
+    extraction = Extraction(config, ranks, config.batch_size, config.train)
+    kinds = ["pixels"] if config.pixels else list(config.features)
+    train = extraction.open(config.train)
+    datasets = {"train": train, "test": extraction.open(config.test, train)}
+    facts = {
+        **extraction.facts(),
+        "features": kinds,
+        **{name: describe_images(images) for name, images in datasets.items()},
+    }
+    features = [
+        cached_features(extraction, images, kinds, folder, name)
+        for name, images in datasets.items()
+    ]
+    if folder is not None and ranks.rank == 0:
+        write_result(facts, folder / "features.json")
+    return *features, facts
+
+
+def _cells(row: dict) -> list[str]:
+    """A row of the table."""
+    few = row["voters"] < row["k"]
+    return [
+        row["features"],
+        f"{row['k']}",
+        f"{row['temperature']:g}",
+        f"{row['top1']:.2f}",
+        f"{row['top5']:.2f}",
+        f"   only {row['voters']} training images: all of them vote" if few else "",
+    ]

@@ -2,47 +2,44 @@
 
 The published accuracies were measured on the same 50,000 validation images with the same weights,
 so a complete measurement differs from them by preprocessing, decoder and arithmetic alone: by a few
-images. The interval tells how far a measurement on part of the images can be from the whole.
+images. The interval says how far a measurement on part of the images can be from the whole.
 """
 
 import hashlib
 import json
-import math
-import os
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Int64
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from ssl_xcit.checkpoints.read import read_weights
 from ssl_xcit.checkpoints.weights import Weights, build_model
 from ssl_xcit.checkpoints.zoo import ZooModel, by_file_name, by_hash, zoo
 from ssl_xcit.data.datasets import Images, check_channels, evaluation_loader, open_images
-from ssl_xcit.data.pixels import normalise
 from ssl_xcit.data.views import EvalView
+from ssl_xcit.evaluation.accuracy import count_hits, wilson_interval
 from ssl_xcit.evaluation.class_order import ClassOrder, class_order
 from ssl_xcit.evaluation.config import SupervisedConfig
-from ssl_xcit.evaluation.results import describe_images, describe_software, write_result
-from ssl_xcit.evaluation.subject import statistics
-from ssl_xcit.evaluation.supervised_tables import (
-    compare_zoo,
-    result_text,
-    results_markdown,
-    zoo_text,
+from ssl_xcit.evaluation.results import (
+    Result,
+    describe_images,
+    describe_machine,
+    describe_view,
+    run_evaluation,
+    write_result,
 )
+from ssl_xcit.evaluation.subject import statistics
+from ssl_xcit.evaluation.supervised_tables import compare_zoo, results_markdown
 from ssl_xcit.runtime import distributed
 from ssl_xcit.runtime.distributed import Distributed
 from ssl_xcit.runtime.errors import UserError
-from ssl_xcit.runtime.precision import autocast, settled
+from ssl_xcit.runtime.files import new_file
+from ssl_xcit.runtime.precision import settled
 
 FILES = {".pth", ".pt", ".bin", ".safetensors"}
-Z95 = 1.959963984540054  # 97.5 % of the normal distribution lie below
 
 
 def evaluate_supervised(config: SupervisedConfig) -> dict:
@@ -55,31 +52,14 @@ def evaluate_supervised(config: SupervisedConfig) -> dict:
     classifier's, and, at the end, a folder with files that could not be evaluated.
     """
     if config.list:
-        table = compare_zoo()
-        print(zoo_text(table))
-        if config.out:
-            write_result(table, config.out)
-        return table
-    ranks = distributed.setup(config.device)
-    try:
-        if config.all:
-            return _evaluate_folder(config, ranks)
-        config = settled(config, ranks)
-        path = Path(config.checkpoint)
-        candidate = _read(config, path, _sha256(path) if path.is_file() else None)
-        result = _evaluate(candidate, config, ranks)
-    finally:
-        distributed.teardown()
-    if ranks.rank == 0:
-        print(result_text(result))
-        print(json.dumps(result))
-        if config.out:
-            write_result(result, config.out)
-    return result
+        return compare_zoo().report(config.out)
+    if config.all:
+        return run_evaluation(lambda ranks: _evaluate_folder(config, ranks), config.device)
+    return run_evaluation(lambda ranks: _evaluate_file(config, ranks), config.device, config.out)
 
 
 class NotFiniteError(UserError):
-    """The network's answers are no numbers: a fault of its weights, not of the images."""
+    """The network's logits are not finite: a fault of its weights, not of the images."""
 
 
 class Candidate(NamedTuple):
@@ -113,22 +93,11 @@ def evaluation_view(resolution: int, preprocess: str) -> EvalView:
     return known[resolution]
 
 
-def wilson_interval(hits: int, count: int) -> tuple[float, float]:
-    """95 % confidence interval of a proportion in percent (Wilson 1927, equation for z = 1.96).
-
-    (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
-    """
-    share, spread = hits / count, Z95**2 / count
-    middle = (share + spread / 2) / (1 + spread)
-    half = Z95 * math.sqrt(share * (1 - share) / count + spread / (4 * count)) / (1 + spread)
-    return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
-
-
 def identify(path: Path, sha256: str | None, name: str = "") -> tuple[ZooModel | None, list[str]]:
     """The published model that a file is, by `name`, sha256 or its own name; and warnings.
 
-    A file that is not byte for byte the published one is one to warn of: converted, trained
-    further, or damaged. Its accuracy tells.
+    A file that is not byte for byte the published one gets a warning: it was converted, trained
+    further, or damaged. Its accuracy tells which.
     """
     hashed = by_hash(sha256) if sha256 else None
     model = zoo()[name] if name else hashed or by_file_name(path)
@@ -140,38 +109,6 @@ def identify(path: Path, sha256: str | None, name: str = "") -> tuple[ZooModel |
         f"{path.name} is not mmpretrain's file {model.checkpoint}: its sha256 begins with "
         f"{sha256[:8]}"
     ]
-
-
-@torch.inference_mode()
-def count_hits(
-    network: nn.Module,
-    loader: Iterable,
-    outputs: Int64[Tensor, " labels"],
-    ranks: Distributed,
-    precision: str,
-) -> tuple[int, int, int]:
-    """(images, right at once, right among the five most likely) over all ranks.
-
-    `outputs` says which output of the classifier is which label. Raises NotFiniteError, on all
-    ranks alike, for logits that are not finite.
-    """
-    counts = torch.zeros(4, dtype=torch.int64)
-    hidden = ranks.rank > 0 or not sys.stderr.isatty()
-    for images, labels, _ in tqdm(loader, unit="batch", leave=False, disable=hidden):
-        images = normalise(images.to(ranks.device, non_blocking=True), loader.mean, loader.std)
-        with autocast(ranks.device, precision):
-            logits = network(images)
-        ranked = logits.float().topk(min(5, logits.shape[1]), dim=1).indices.cpu()
-        hits = (ranked == outputs[labels][:, None]).sum(dim=0)
-        broken = (~logits.isfinite()).any(dim=1).sum().cpu()
-        counts += torch.stack([torch.tensor(len(labels)), hits[0], hits.sum(), broken])
-    count, top1, top5, broken = distributed.gather_variable(counts[None]).sum(dim=0).tolist()
-    if broken:
-        raise NotFiniteError(
-            f"the logits of {broken} images are not finite: the weights are damaged"
-            + ("" if precision == "fp32" else f", or too large for --precision {precision}")
-        )
-    return count, top1, top5
 
 
 def _read(
@@ -204,30 +141,61 @@ def _read(
     return Candidate(weights, model, sha256, resolution, view, images, order, warnings)
 
 
+def _evaluate_file(config: SupervisedConfig, ranks: Distributed) -> Result:
+    """The result of --checkpoint: lines for people, the last one the JSON for programs."""
+    config = settled(config, ranks)
+    path = Path(config.checkpoint)
+    candidate = _read(config, path, _sha256(path) if path.is_file() else None)
+    facts = _evaluate(candidate, config, ranks)
+    view = candidate.view
+    shape = f"central {view.crop} of short side" if view.crop else "square of side"
+    lines = [
+        f"{facts['model'] or 'no published model'}: {facts['arch']}, {facts['role']} of "
+        f"{facts['checkpoint']}",
+        f"{facts['images']:,} images, {config.preprocess} ({shape} {view.resize}, "
+        f"{view.interpolation}), {facts['precision']}",
+    ]
+    for key, title in (("top1", "top-1"), ("top5", "top-5")):
+        low, high = facts[f"{key}_interval"]
+        line = f"{title} {facts[key]:6.2f} %  (95 % Wilson interval {low:.2f} to {high:.2f})"
+        if facts["published"]:
+            line += f"  published {facts['published'][key]:.2f}, difference "
+            line += f"{facts['difference'][key]:+.2f}"
+        lines.append(line)
+    lines += [f"warning: {warning}" for warning in facts["warnings"]]
+    return Result(facts, [*lines, json.dumps(facts)])
+
+
 def _evaluate(candidate: Candidate, config: SupervisedConfig, ranks: Distributed) -> dict:
-    """The result of one checkpoint, the same on every rank."""
+    """Facts of one checkpoint's result, the same on every rank.
+
+    Raises NotFiniteError, on all ranks alike, for logits that are not finite.
+    """
     start = time.perf_counter()
     weights, model, view = candidate.weights, candidate.model, candidate.view
-    mean, std = statistics(weights.info, weights.state["patch_embed.proj.0.0.weight"].shape[1])
+    normalisation = statistics(weights.info, weights.state["patch_embed.proj.0.0.weight"].shape[1])
     loader = evaluation_loader(
-        candidate.images,
-        view,
-        config.batch_size,
-        ranks,
-        num_threads=config.num_workers,
-        mean=mean,
-        std=std,
+        candidate.images, view, config.batch_size, ranks, num_threads=config.num_workers
     )
+    hidden = ranks.rank > 0 or not sys.stderr.isatty()
+    batches = tqdm(loader, unit="batch", leave=False, disable=hidden)
     network = build_model(weights).to(ranks.device)
     outputs = candidate.order.outputs
-    count, top1, top5 = count_hits(network, loader, outputs, ranks, config.precision)
-    assert count == len(candidate.images), "an image was read twice or not at all"
-    measured = {"top1": 100 * top1 / count, "top5": 100 * top5 / count}
+    hits = count_hits(network, batches, normalisation, ranks, config.precision, outputs)
+    if hits.not_finite:
+        raise NotFiniteError(
+            f"the logits of {hits.not_finite} images are not finite: the weights are damaged"
+            + ("" if config.precision == "fp32" else f", or too large for {config.precision}")
+        )
+    assert hits.images == len(candidate.images), "an image was read twice or not at all"
+    measured = {"top1": hits.top1, "top5": hits.top5}
+    intervals = [wilson_interval(n, hits.images) for n in (hits.first, hits.within_five)]
     published = difference = None
     if model and candidate.resolution == model.image_size:
         values = model.published(config.preprocess == "full-crop")
-        published = dict(zip(("top1", "top5"), values, strict=True))
+        published = dict(zip(measured, values, strict=True))
         difference = {key: round(measured[key] - published[key], 4) for key in measured}
+    sha256 = candidate.sha256
     return {
         "model": model.name if model else None,
         "arch": weights.arch,
@@ -235,38 +203,27 @@ def _evaluate(candidate: Candidate, config: SupervisedConfig, ranks: Distributed
         "step": weights.info["step"],
         "role": weights.info["role"],
         "format": weights.info["format"],
-        "sha256": candidate.sha256,
-        "published_file": candidate.sha256[:8] == model.sha8
-        if model and candidate.sha256
-        else None,
+        "sha256": sha256,
+        "published_file": sha256[:8] == model.sha8 if model and sha256 else None,
         **measured,
-        "top1_interval": [round(bound, 4) for bound in wilson_interval(top1, count)],
-        "top5_interval": [round(bound, 4) for bound in wilson_interval(top5, count)],
+        "top1_interval": [round(bound, 4) for bound in intervals[0]],
+        "top5_interval": [round(bound, 4) for bound in intervals[1]],
         "interval": "Wilson, 95 %",
         "published": published,
         "difference": difference,
-        "images": count,
+        "images": hits.images,
         "resolution": candidate.resolution,
-        "preprocess": {
-            "name": config.preprocess,
-            "resize": view.resize,
-            "crop": view.crop,
-            "interpolation": view.interpolation,
-            "mean": list(mean),
-            "std": list(std),
-        },
+        "preprocess": {"name": config.preprocess, **describe_view(view, *normalisation)},
         "precision": config.precision,
         "data": describe_images(candidate.images),
         "classes_checked_by": candidate.order.checked,
         "warnings": candidate.warnings,
         "seconds": round(time.perf_counter() - start, 3),
-        "device": str(ranks.device),
-        "ranks": ranks.world_size,
-        "versions": describe_software(),
+        **describe_machine(ranks),
     }
 
 
-def _evaluate_folder(config: SupervisedConfig, ranks: Distributed) -> dict:
+def _evaluate_folder(config: SupervisedConfig, ranks: Distributed) -> Result:
     """Every file in `config.all` that belongs to a published model; what is done is not redone.
 
     The report is written after each file, so a killed evaluation continues.
@@ -278,12 +235,16 @@ def _evaluate_folder(config: SupervisedConfig, ranks: Distributed) -> dict:
     if not files:
         raise UserError(f"{folder} holds no checkpoint file ({' '.join(sorted(FILES))})")
     images = open_images(config.data)
-    config = settled(config, ranks, _earlier_precision(out))
+    before, done = _earlier_report(out)
+    config = settled(config, ranks, before.get("precision"))
     settings = {
         "data": describe_images(images),
         **{key: getattr(config, key) for key in ("preprocess", "precision", "role", "classes")},
     }
-    done = _done_before(out, settings)
+    if before and before != json.loads(json.dumps(settings)):
+        raise UserError(
+            f"{out} was made with other images or settings: choose another --out, or remove it"
+        )
     distributed.barrier()  # nobody writes the report while somebody reads it
     report = {"settings": settings, "files": []}
     for path in files:
@@ -291,15 +252,19 @@ def _evaluate_folder(config: SupervisedConfig, ranks: Distributed) -> dict:
         report["files"].append(entry)
         if ranks.rank == 0:
             print(_progress(entry), flush=True)
-            write_result(report | {"files": report["files"] + _left(done, report)}, out)
-            _write_text(results_markdown(report), out.with_suffix(".md"))
+            # Earlier results whose turn has not come yet must survive a kill
+            seen = {entry["file"] for entry in report["files"]}
+            left = [entry for name, entry in done.items() if name not in seen]
+            write_result(report | {"files": report["files"] + left}, out)
+            with new_file(out.with_suffix(".md"), overwrite=True) as file:
+                file.write(results_markdown(report).encode())
     failed = [entry for entry in report["files"] if entry["status"] == "failed"]
     if failed:
         raise UserError(
             f"{len(failed)} of {len(files)} files could not be evaluated: "
             + "; ".join(f"{entry['file']}: {entry['reason']}" for entry in failed)
         )
-    return report
+    return Result(report, [f"results: {out} and {out.with_suffix('.md')}"])
 
 
 def _evaluate_one(
@@ -313,7 +278,7 @@ def _evaluate_one(
         error = str(problem)
     except OSError as problem:
         error = f"{path} cannot be read: {problem.strerror}"
-    # What one rank cannot read no rank evaluates, or they would wait for each other for ever.
+    # What one rank cannot read no rank evaluates: they would wait for each other forever.
     failed = distributed.gather_variable(torch.tensor([bool(error)], dtype=torch.uint8))
     if failed.any():
         return {"status": "failed", "reason": error or "another rank could not read it"}
@@ -335,37 +300,21 @@ def _prepare(path: Path, images: Images, done: dict, config: SupervisedConfig) -
     return _read(config, path, sha256, images)
 
 
-def _earlier_precision(out: Path) -> str | None:
-    """Of an earlier report; None: there is none, or none that `_done_before` would accept."""
-    try:
-        return json.loads(out.read_text())["settings"]["precision"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def _earlier_report(out: Path) -> tuple[dict, dict[str, dict]]:
+    """Settings and finished entries, by file name, of a report in `out`; empty if there is none.
 
-
-def _done_before(out: Path, settings: dict) -> dict[str, dict]:
-    """Finished entries of an earlier report with the same settings, by file name."""
+    Raises UserError if it is something else.
+    """
     if not out.exists():
-        return {}
+        return {}, {}
     try:
         report = json.loads(out.read_text())
-        entries = {e["file"]: e for e in report["files"] if e["status"] == "done"}
-        same = report["settings"] == json.loads(json.dumps(settings))
+        done = {entry["file"]: entry for entry in report["files"] if entry["status"] == "done"}
+        return dict(report["settings"]), done
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{out} is no report of --all, so it is not overwritten: choose another --out"
         ) from error
-    if not same:
-        raise UserError(
-            f"{out} was made with other images or settings: choose another --out, or remove it"
-        )
-    return entries
-
-
-def _left(done: dict[str, dict], report: dict) -> list[dict]:
-    """Results of before that this evaluation has not come to yet: a kill must not lose them."""
-    seen = {entry["file"] for entry in report["files"]}
-    return [entry for name, entry in done.items() if name not in seen]
 
 
 def _progress(entry: dict) -> str:
@@ -375,13 +324,6 @@ def _progress(entry: dict) -> str:
         f"{entry['model']}: top-1 {entry['top1']:.2f} (published {entry['published']['top1']:.2f}, "
         f"{entry['difference']['top1']:+.2f}), top-5 {entry['top5']:.2f}"
     )
-
-
-def _write_text(text: str, path: Path) -> None:
-    """Complete or not at all; `write_result` has met the disk's refusals just before."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def _sha256(path: Path) -> str:

@@ -17,9 +17,8 @@ from torch import Tensor
 from ssl_xcit.data.loader import labels_at
 from ssl_xcit.data.pixels import normalise
 from ssl_xcit.data.views import Recipe, supervised_views, three_augment_views
-from ssl_xcit.finetune.augment import RandAugment, random_erase
+from ssl_xcit.finetune.augment import Mixing, RandAugment, random_erase
 from ssl_xcit.finetune.config import FinetuneConfig
-from ssl_xcit.finetune.mixing import Mixing
 from ssl_xcit.runtime import draws
 
 # Views numbered from these have their draws: not those of the crops, and not each other's

@@ -12,13 +12,16 @@ from ssl_xcit.checkpoints.folder import StateDict
 from ssl_xcit.data.beton import Beton
 from ssl_xcit.data.datasets import check_channels, check_datasets, evaluation_loader, open_images
 from ssl_xcit.data.loader import MultiCropLoader
-from ssl_xcit.data.pixels import normalise
 from ssl_xcit.data.views import EvalView
+from ssl_xcit.evaluation.accuracy import count_hits
+from ssl_xcit.evaluation.features import evaluating
 from ssl_xcit.evaluation.results import (
+    Result,
     describe_images,
-    describe_software,
+    describe_machine,
     describe_subject,
-    write_result,
+    describe_view,
+    run_evaluation,
 )
 from ssl_xcit.finetune.average import WeightAverage
 from ssl_xcit.finetune.batch import Preparation, view_recipe
@@ -35,6 +38,7 @@ from ssl_xcit.training.optim import build_optimizer, layer_scales, parameter_gro
 from ssl_xcit.training.task import Checked, StepLoss, Task, distribute, share_batch_statistics
 
 METERS = ("train/loss", "train/grad_norm")
+COLUMNS = (("weights", 16), ("top-1 %", 10), ("top-5 %", 10))
 
 
 def finetune(config: FinetuneConfig) -> dict:
@@ -50,18 +54,14 @@ def finetune(config: FinetuneConfig) -> dict:
 
     Raises UserError for what the user can mend.
     """
-    ranks = distributed.setup(config.run.device)
-    try:
+
+    def train(ranks: Distributed) -> Result:
         with out_of_memory_advice(config, f"--image_size {config.views.image_size}"):
             torch.use_deterministic_algorithms(config.run.deterministic)
             task = Finetuning(config, ranks)
-            result = task.result(run_task(task))
-    finally:
-        distributed.teardown()
-    if ranks.rank == 0:
-        write_result(result, Path(config.out) / "result.json")
-        print(_table(result))
-    return result
+            return task.result(run_task(task))
+
+    return run_evaluation(train, config.run.device, Path(config.out) / "result.json")
 
 
 class Finetuning(Task):
@@ -194,29 +194,15 @@ class Finetuning(Task):
         networks = {"": self.bare_model}
         if self.average is not None:
             networks["ema_"] = self.average.network
-        return {
-            f"test/{name}{key}": value
-            for name, network in networks.items()
-            for key, value in self._accuracy(network, check).items()
-        }
-
-    @torch.no_grad()
-    def _accuracy(self, network: nn.Module, check: Callable[[], None]) -> dict[str, float]:
-        """{"top1", "top5"} in percent, over all ranks."""
-        found = torch.zeros(3, dtype=torch.float64)  # right at first, within five, images
-        training = network.training
-        network.eval()
-        for images, labels, _ in Checked(self.test_loader, check):
-            images = normalise(images.to(self.ranks.device, non_blocking=True), *self.statistics)
-            with self.autocast():
-                logits = network(images)
-            ranked = logits.float().topk(min(5, self.num_classes), dim=1).indices.cpu()
-            right = ranked == labels[:, None]
-            found += torch.tensor([right[:, 0].sum(), right.sum(), len(labels)])
-        network.train(training)
-        distributed.all_reduce_mean(found)
-        top1, top5 = (100 * found[:2] / found[2]).tolist()
-        return {"top1": top1, "top5": top5}
+        found = {}
+        for name, network in networks.items():
+            batches = Checked(self.test_loader, check)
+            with evaluating(network):
+                hits = count_hits(
+                    network, batches, self.statistics, self.ranks, self.config.run.precision
+                )
+            found |= {f"test/{name}top1": hits.top1, f"test/{name}top5": hits.top5}
+        return found
 
     def tensors(self) -> dict[str, StateDict]:
         """The network, and the average of its weights."""
@@ -253,45 +239,34 @@ class Finetuning(Task):
             f"{self.steps_per_epoch} steps, {self.global_batch} views a step"
         )
 
-    def result(self, row: dict) -> dict:
-        """The last logged row and all that decided it."""
+    def result(self, row: dict) -> Result:
+        """The last logged row, and everything that decided it."""
         reported = "ema_" if self.average is not None else ""
-        return {
+        measured = {key.replace("/", "_"): row[key] for key in row if key.startswith("test/")}
+        facts = {
             **self.start.facts,
             "top1": row[f"test/{reported}top1"],
             "top5": row[f"test/{reported}top5"],
             "weights": "moving average" if reported else "last",
-            **{key.replace("/", "_"): row[key] for key in row if key.startswith("test/")},
+            **measured,
             "train_loss": row["train/loss"],
             "epochs": self.config.optim.epochs,
             "steps": self.total_steps,
             "global_batch": self.global_batch,
-            "transform": {
-                "resize": self.test_view.resize,
-                "crop": self.test_view.size,
-                "interpolation": self.test_view.interpolation,
-                "mean": self.start.mean,
-                "std": self.start.std,
-            },
+            "transform": describe_view(self.test_view, *self.statistics),
             "train": describe_images(self.data),
             "test": describe_images(self.test),
             "precision": self.config.run.precision,
-            "device": str(self.ranks.device),
-            "ranks": self.ranks.world_size,
-            "versions": describe_software(),
+            **describe_machine(self.ranks),
         }
-
-
-def _table(result: dict) -> str:
-    """The result as a table."""
-    train, test = result["train"], result["test"]
-    lines = [
-        f"fine-tuning, start: {describe_subject(result)}",
-        f"{test['images']:,} test images, {train['images']:,} training images, "
-        f"{train['classes']:,} classes, {result['epochs']} epochs",
-        f"{'weights':>16}{'top-1 %':>10}{'top-5 %':>10}",
-    ]
-    for name, key in (("last", "test_"), ("moving average", "test_ema_")):
-        if f"{key}top1" in result:
-            lines.append(f"{name:>16}{result[f'{key}top1']:>10.2f}{result[f'{key}top5']:>10.2f}")
-    return "\n".join(lines)
+        heading = [
+            f"fine-tuning, start: {describe_subject(facts)}",
+            f"{len(self.test):,} test images, {len(self.data):,} training images, "
+            f"{facts['train']['classes']:,} classes, {facts['epochs']} epochs",
+        ]
+        rows = [
+            [name, f"{measured[f'{key}top1']:.2f}", f"{measured[f'{key}top5']:.2f}"]
+            for name, key in (("last", "test_"), ("moving average", "test_ema_"))
+            if f"{key}top1" in measured
+        ]
+        return Result(facts, heading, COLUMNS, rows)
