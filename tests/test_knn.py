@@ -35,7 +35,6 @@ from ssl_xcit.evaluation.knn import (
     evaluate_knn,
     find_neighbours,
     knn_accuracy,
-    knn_predictions,
     weighted_vote,
 )
 from ssl_xcit.models.variants import VARIANTS
@@ -69,6 +68,12 @@ def duplicates(n, distinct, d, classes, seed):
     vectors = torch.randn(distinct, d, generator=generator)
     features = vectors[torch.randint(distinct, (n,), generator=generator)]
     return features, torch.randint(classes, (n,), generator=generator)
+
+
+def knn_predictions(train, labels, test, ks, temperature=0.07):
+    """{k: classes of each test image, best first}"""
+    neighbours = find_neighbours(train, labels, test, ks)
+    return {k: neighbours.votes(k, temperature) for k in ks}
 
 
 def sklearn_knn(k, temperature, train, labels):
@@ -517,8 +522,8 @@ def test_the_search_gets_the_views_and_settings_of_the_configuration(betons, mon
     config = knn_config(betons, pixels=True, k=(3, 4), temperature=(0.5, 0.01), batch_size=16)
     config = dataclasses.replace(config, resize=27, crop=20, interpolation="bilinear")
     result = evaluate_knn(config)
-    ((train, train_labels, test, k),) = calls  # one search
-    assert k == 4
+    ((train, train_labels, test, ks),) = calls  # one search
+    assert ks == (3, 4)
     sets = [next(iter(EvalLoader(p, EvalView(27, 20, "bilinear"), 99))) for p in betons]
     assert torch.equal(train, sets[0][0].flatten(1))
     assert torch.equal(train_labels, sets[0][1])

@@ -30,15 +30,10 @@ class Hits(NamedTuple):
     within_five: int  # one of the five most likely classes is
     not_finite: int  # a logit is NaN or infinite
 
-    @property
-    def top1(self) -> float:
-        """In percent."""
-        return 100 * self.first / self.images
-
-    @property
-    def top5(self) -> float:
-        """In percent."""
-        return 100 * self.within_five / self.images
+    def percent(self) -> dict[str, float]:
+        """{"top1", "top5"}"""
+        hits = {"top1": self.first, "top5": self.within_five}
+        return {name: 100 * count / self.images for name, count in hits.items()}
 
 
 @torch.inference_mode()

@@ -137,37 +137,20 @@ def find_neighbours(
     train_features: Real[Tensor, "n d"],
     train_labels: Int64[Tensor, " n"],
     test_features: Real[Tensor, "m d"],
-    k: int,
-) -> Neighbours:
-    """The min(k, n) nearest training images of each test image.
-
-    Raises UserError for a k below 1 and for features that are not finite.
-    """
-    if k < 1:
-        raise UserError(f"k must be at least 1, got {k}")
-    require_finite(train_features, "the training features")
-    require_finite(test_features, "the test features")
-    classes, train_classes = train_labels.unique(return_inverse=True)
-    similarities, indices = cosine_top_k(train_features, test_features, k)
-    return Neighbours(similarities, train_classes[indices], classes)
-
-
-def knn_predictions(
-    train_features: Real[Tensor, "n d"],
-    train_labels: Int64[Tensor, " n"],
-    test_features: Real[Tensor, "m d"],
     ks: Sequence[int],
-    temperature: float = 0.07,
-) -> dict[int, Int64[Tensor, "m top"]]:
-    """For each k the best classes of each test image, best first, from one search with the largest.
+) -> Neighbours:
+    """The nearest training images of each test image, as many as the largest of `ks` needs.
 
-    As many as `weighted_vote` ranks: min(5, k, classes). A k beyond the training set lets all n
-    images vote. Labels may be any integers. Raises UserError as `find_neighbours` does.
+    A k beyond the training set lets all n images vote. Raises UserError for a k below 1 and for
+    features that are not finite.
     """
     if min(ks) < 1:
         raise UserError(f"k must be at least 1, got {min(ks)}")
-    neighbours = find_neighbours(train_features, train_labels, test_features, max(ks))
-    return {k: neighbours.votes(k, temperature) for k in ks}
+    require_finite(train_features, "the training features")
+    require_finite(test_features, "the test features")
+    classes, train_classes = train_labels.unique(return_inverse=True)
+    similarities, indices = cosine_top_k(train_features, test_features, max(ks))
+    return Neighbours(similarities, train_classes[indices], classes)
 
 
 def knn_accuracy(
@@ -178,12 +161,13 @@ def knn_accuracy(
     ks: Sequence[int],
     temperature: float = 0.07,
 ) -> dict[int, tuple[float, float]]:
-    """(top-1, top-5) in percent for each k; see `knn_predictions`.
+    """(top-1, top-5) in percent for each k, from one search.
 
-    A test label that no training image has counts as wrong.
+    Labels may be any integers. A test label that no training image has counts as wrong. Raises
+    UserError as `find_neighbours` does.
     """
-    ranked = knn_predictions(train_features, train_labels, test_features, ks, temperature)
-    return {k: accuracy(classes, test_labels) for k, classes in ranked.items()}
+    neighbours = find_neighbours(train_features, train_labels, test_features, ks)
+    return {k: accuracy(neighbours.votes(k, temperature), test_labels) for k in ks}
 
 
 def knn(
@@ -200,7 +184,7 @@ def knn(
     """
     mine = torch.from_numpy(rank_share(test.indices.numpy(), ranks.rank, ranks.world_size))
     parts = (train.features, train.labels, test.features[mine])
-    neighbours = find_neighbours(*(part.to(ranks.device) for part in parts), max(ks))
+    neighbours = find_neighbours(*(part.to(ranks.device) for part in parts), ks)
     rows = []
     for temperature in temperatures:
         for k in ks:

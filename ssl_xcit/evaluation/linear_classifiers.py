@@ -61,16 +61,17 @@ class LinearGrid:
     ) -> None:
         self.entries = [(kind, lr) for kind in sizes for lr in lrs]
         self._lrs = torch.tensor(lrs, dtype=dtype, device=device)
-        self._weights, self._biases = {}, {}  # kind -> (l, c, d) and (l, c)
+        self._kinds = list(sizes)
+        # Weights (l, c, d) and biases (l, c) of each kind for l learning rates, and their momenta
+        self._state: dict[str, Tensor] = {}
         for kind, size in sizes.items():
             generator = torch.Generator().manual_seed(seed)
             weight = INITIAL_STD * torch.randn(num_classes, size, generator=generator)
-            self._weights[kind] = weight.to(device, dtype).repeat(len(lrs), 1, 1)
-            self._biases[kind] = torch.zeros(len(lrs), num_classes, dtype=dtype, device=device)
-        self._momenta = {
-            kind: (torch.zeros_like(self._weights[kind]), torch.zeros_like(self._biases[kind]))
-            for kind in sizes
-        }
+            weight = weight.to(device, dtype).repeat(len(lrs), 1, 1)
+            bias = torch.zeros(len(lrs), num_classes, dtype=dtype, device=device)
+            self._state |= {f"{kind}/weight": weight, f"{kind}/bias": bias}
+            for name, parameter in (("weight", weight), ("bias", bias)):
+                self._state[f"{kind}/{name}_momentum"] = torch.zeros_like(parameter)
 
     @torch.no_grad()
     def step(
@@ -82,8 +83,10 @@ class LinearGrid:
         """One step of all entries at `decay` times their learning rates; their losses before it."""
         rows = torch.arange(len(labels), device=labels.device)
         losses = []
-        for kind, weight in self._weights.items():
-            log_probs = self._logits(kind, features[kind]).log_softmax(dim=2)  # (b, l, c)
+        for kind in self._kinds:
+            weight, bias = self._state[f"{kind}/weight"], self._state[f"{kind}/bias"]
+            logits = (features[kind] @ weight.flatten(0, 1).T).unflatten(1, bias.shape) + bias
+            log_probs = logits.log_softmax(dim=2)  # (b, l, c)
             losses.append(-log_probs[rows, :, labels].mean(dim=0))
             # The gradient by the logits of a softmax's cross-entropy: probability minus truth
             error = log_probs.exp()
@@ -91,12 +94,13 @@ class LinearGrid:
             error /= len(labels)
             gradient = (error.flatten(1).T @ features[kind]).view_as(weight)
             rates = decay * self._lrs
-            for parameter, momentum, change, rate in (
-                (weight, self._momenta[kind][0], gradient, rates[:, None, None]),
-                (self._biases[kind], self._momenta[kind][1], error.sum(dim=0), rates[:, None]),
+            for name, change, rate in (
+                ("weight", gradient, rates[:, None, None]),
+                ("bias", error.sum(dim=0), rates[:, None]),
             ):
+                momentum = self._state[f"{kind}/{name}_momentum"]
                 momentum.mul_(MOMENTUM).add_(distributed.all_reduce_mean(change))
-                parameter.sub_(rate * momentum)
+                self._state[f"{kind}/{name}"].sub_(rate * momentum)
         return distributed.all_reduce_mean(torch.cat(losses))
 
     def ranked(self, features: Mapping[str, Float[Tensor, "m _"]]) -> list[Int64[Tensor, "m top"]]:
@@ -109,28 +113,16 @@ class LinearGrid:
     def classifier(self, entry: int) -> tuple[Float[Tensor, "c d"], Float[Tensor, " c"]]:
         """Weight and bias of an entry."""
         kind, place = self.entries[entry][0], entry % len(self._lrs)
-        return self._weights[kind][place], self._biases[kind][place]
+        return self._state[f"{kind}/weight"][place], self._state[f"{kind}/bias"][place]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that changes."""
-        return {
-            f"{kind}/{name}": tensor
-            for kind, momenta in self._momenta.items()
-            for name, tensor in zip(
-                ("weight", "bias", "weight_momentum", "bias_momentum"),
-                (self._weights[kind], self._biases[kind], *momenta),
-                strict=True,
-            )
-        }
+        return dict(self._state)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from `state`."""
-        for name, tensor in self.state_dict().items():
+        """Continue from `state`."""
+        for name, tensor in self._state.items():
             tensor.copy_(state[name])
-
-    def _logits(self, kind: str, features: Float[Tensor, "b d"]) -> Float[Tensor, "b l c"]:
-        weight, bias = self._weights[kind], self._biases[kind]
-        return (features @ weight.flatten(0, 1).T).unflatten(1, bias.shape) + bias
 
 
 class Fit(NamedTuple):

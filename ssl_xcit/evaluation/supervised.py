@@ -188,7 +188,7 @@ def _evaluate(candidate: Candidate, config: SupervisedConfig, ranks: Distributed
             + ("" if config.precision == "fp32" else f", or too large for {config.precision}")
         )
     assert hits.images == len(candidate.images), "an image was read twice or not at all"
-    measured = {"top1": hits.top1, "top5": hits.top5}
+    measured = hits.percent()
     intervals = [wilson_interval(n, hits.images) for n in (hits.first, hits.within_five)]
     published = difference = None
     if model and candidate.resolution == model.image_size:

@@ -201,7 +201,7 @@ class Finetuning(Task):
                 hits = count_hits(
                     network, batches, self.statistics, self.ranks, self.config.run.precision
                 )
-            found |= {f"test/{name}top1": hits.top1, f"test/{name}top5": hits.top5}
+            found |= {f"test/{name}{key}": value for key, value in hits.percent().items()}
         return found
 
     def tensors(self) -> dict[str, StateDict]:
