@@ -322,18 +322,18 @@ def test_dinos_linear_file_is_read_and_no_other(tmp_path):
     assert found.facts == {}
     weight, bias = state.values()
     for content, pattern in (
-        ({"model": state}, "state_dict"),
-        ({"state_dict": {}}, "expected weight and bias, got"),
-        ({"state_dict": {"module.linear.weight": weight}}, "expected weight and bias, got weight"),
-        ({"state_dict": {"fc.weight": weight, "fc.bias": bias}}, "expected weight and bias"),
-        ({"state_dict": {**state, "module.norm.weight": bias}}, "expected weight and bias"),
-        ([weight, bias], "no linear classifier"),
+        ({"networks": state}, "holds no network"),
+        ({"state_dict": {}}, "is no state dict"),
+        ({"state_dict": {"module.linear.weight": weight}}, "expected linear.weight and linear.bia"),
+        ({"state_dict": {"fc.weight": weight, "fc.bias": bias}}, "expected linear.weight"),
+        ({"state_dict": {**state, "module.norm.weight": bias}}, "expected linear.weight"),
+        ([weight, bias], "holds no state dict but a list"),
     ):
         torch.save(content, path)
         with pytest.raises(UserError, match=pattern):
             load_classifier(path)
     path.write_bytes(b"no pickle")
-    with pytest.raises(UserError, match="no linear classifier"):
+    with pytest.raises(UserError, match="cannot be read safely"):
         load_classifier(path)
 
 
@@ -783,7 +783,7 @@ def test_dinos_linear_file_is_evaluated_on_the_class_token_and_said_to_be_unchec
     for other, message in (
         ((weight[:, :-1], bias), "is for 127 features, the network has 128"),
         ((weight[:-1], bias[:-1]), "tells 9 classes apart, .* has 10"),
-        ((weight, bias[:-1]), "expected a weight"),
+        ((weight, bias[:-1]), r"no linear probe: weight \(10, 128\), bias \(9,\)"),
     ):
         save(*other)
         with pytest.raises(UserError, match=message):
