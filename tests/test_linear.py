@@ -752,7 +752,7 @@ def test_a_classifier_is_refused_where_it_does_not_belong(betons, run, finished,
     for options, message in (
         ({"role": "student"}, "was trained on another network .*teacher of"),
         ({"checkpoint": "", "random_init": True, "arch": ARCH}, "was trained on another network"),
-        ({"resize": 40}, "was trained with --resize 32: repeat it"),
+        ({"resize": 40}, "was trained with --resize 32: give the same"),
         ({"interpolation": "bilinear"}, "was trained with --interpolation bicubic"),
         ({"test": str(few)}, "has other classes than .*different: 7"),
     ):
@@ -782,7 +782,7 @@ def test_dinos_linear_file_is_evaluated_on_the_class_token_and_said_to_be_unchec
     assert "does not say which network it is for" in capsys.readouterr().out
     for other, message in (
         ((weight[:, :-1], bias), "is for 127 features, the network has 128"),
-        ((weight[:-1], bias[:-1]), "tells 9 classes apart, .* has 10"),
+        ((weight[:-1], bias[:-1]), "has 9 classes, .* has 10"),
         ((weight, bias[:-1]), r"no linear probe: weight \(10, 128\), bias \(9,\)"),
     ):
         save(*other)

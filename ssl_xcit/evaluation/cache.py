@@ -110,8 +110,8 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
 
 
 def _checksum(images: Images) -> list[int | None]:
-    """Tells one dataset from another without reading the images: their sizes and labels."""
-    sizes = getattr(images, "sizes", None)  # a folder's are not known
+    """Tells datasets apart by the sizes and labels of their images, without reading them."""
+    sizes = getattr(images, "sizes", None)  # unknown for a folder
     return [
         None if values is None else zlib.crc32(np.ascontiguousarray(values))
         for values in (sizes, images.labels)
@@ -140,7 +140,7 @@ def _read(file: Path, facts: dict | None) -> dict[str, Features]:
             tensors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
         labels, indices = tensors.pop("labels"), tensors.pop("indices")
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise UserError(f"{file} is damaged ({error}): remove it, to make it again") from error
+        raise UserError(f"{file} is damaged ({error}): remove it to make it again") from error
     if facts is not None and stored != facts:
         odd = [key for key in facts if stored.get(key) != facts[key]]
         raise UserError(

@@ -1,4 +1,4 @@
-"""The configurations of the evaluations, one class per command in eval/."""
+"""The settings of the evaluations, one class per command in eval/."""
 
 import difflib
 from dataclasses import dataclass
@@ -173,10 +173,10 @@ class LinearConfig(FrozenConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SupervisedConfig:
-    """Classify images by a checkpoint's own classifier, beside the published accuracy.
+    """Classify images by a checkpoint's own classifier, and compare with the published accuracy.
 
-    Either one --checkpoint, or every published model that a folder holds (--all), or no images at
-    all: --list shows the table of published models beside what our networks have and cost.
+    Evaluates one --checkpoint, or every published model in a folder (--all). --list needs no
+    images: it shows the published models, and parameters and FLOPs of our own networks.
     """
 
     data: str = ""
@@ -184,21 +184,21 @@ class SupervisedConfig:
     checkpoint: str = ""
     """File, run folder or checkpoint with a classifier."""
     model: str = ""
-    """Its name in --list; by default told by the file's name or sha256."""
+    """Its name in --list; by default recognised by the name or sha256 of the file."""
     resolution: int = 0
-    """Side of the images, pixels, of a checkpoint that is no published model; 0 = the model's."""
+    """Side of the images, pixels; 0 = that of the published model."""
     all: str = ""
-    """Folder: evaluate every file in it that belongs to a published model."""
+    """Folder: evaluate every file in it that is a published model."""
     list: bool = False
-    """Show the published models, with parameters and FLOPs of our own networks beside theirs."""
+    """Show the published models, and parameters and FLOPs of our own networks beside theirs."""
     preprocess: Literal["mmpretrain", "full-crop"] = "mmpretrain"
-    """mmpretrain: at 224 short side 256 and central crop, at 384 a square whatever the shape;
-    full-crop: the whole short side and a central crop, as XCiT's --full_crop and timm."""
+    """mmpretrain: at 224 short side 256 and central crop, at 384 stretched to a square; full-crop:
+    central crop of the whole short side, as XCiT's --full_crop and timm."""
     classes: str = ""
-    """Where --data has some of the classes only: all their names, as class folders or as the first
-    words of a text file's lines."""
+    """Names of all classes, if --data has only some of them: a folder of class folders, or a text
+    file with a name first in each line."""
     role: Literal["teacher", "student", "model", "model_ema"] = "teacher"
-    """Whose weights are read where a checkpoint has several; teacher: its first if it has none."""
+    """Which network of a checkpoint with several; teacher: the first one if it has no teacher."""
     batch_size: int = 128
     """Images per forward pass and rank."""
     num_workers: int = 0
@@ -206,9 +206,9 @@ class SupervisedConfig:
     device: Device = "auto"
     """auto takes the GPU if there is one."""
     precision: Precision = "auto"
-    """bf16 or fp16 autocast, or float32; auto takes the quickest of this machine."""
+    """bf16 or fp16 autocast, or float32; auto takes the fastest on this machine."""
     out: str = ""
-    """JSON file for the result; with --all also a table beside it (.md), and nothing done twice."""
+    """JSON file for the result; with --all also a table beside it (.md), and no file done twice."""
 
     def __post_init__(self) -> None:
         chosen = [bool(self.checkpoint), bool(self.all), self.list]

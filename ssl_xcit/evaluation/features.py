@@ -58,8 +58,8 @@ def extract_features(
     indices (b,)) with each image on one rank; bytes are normalised on the device by the loader's
     `mean` and `std`. `precision`: see `ssl_xcit.runtime.precision`.
 
-    The backbone is in eval mode meanwhile: BatchNorm uses its running statistics and does not
-    update them. Afterwards every module is in the mode it was in.
+    Meanwhile the backbone is in eval mode: BatchNorm uses its running statistics and does not
+    update them. Afterwards every module is back in its own mode.
     """
     unknown = set(which) - FEATURES.keys()
     if unknown:
@@ -82,19 +82,19 @@ def embed(
     which: Sequence[str],
     precision: str,
 ) -> dict[str, Float[Tensor, "b _"]]:
-    """Features of every kind in `which` of a batch on the backbone's device, from one forward.
+    """Features of every kind in `which` of a batch on the backbone's device, from one forward pass.
 
-    Each token is taken after the final LayerNorm, and means are over the patch tokens:
+    Tokens are taken after the final LayerNorm, and means run over the patch tokens:
 
     cls: the class token, (b, d), DINO's choice for XCiT.
-    patch: the mean of the patch tokens, (b, d).
-    cls+patch: both side by side, (b, 2d), neither scaled first: DINOv2's choice for its probes.
+    patch: the mean patch token, (b, d).
+    cls+patch: both concatenated, (b, 2d), unscaled: DINOv2's choice for its probes.
     inputs1: class token and mean patch token that enter the last class-attention layer, (b, 2d).
     inputs2: the mean patch token that enters the first one, then inputs1, (b, 3d). The class token
-        that enters the first one is the same for every image and left out.
+        that enters the first one is the same for every image, and left out.
 
-    The last two stand in for the last n blocks' class tokens of DINO's probes of ViTs: in an XCiT
-    only the two class-attention layers have a class token. Precision as in `extract_features`.
+    The last two replace the class tokens of the last n blocks that DINO probes in a ViT: an XCiT
+    has class tokens in its two class-attention layers alone. Precision as in `extract_features`.
     """
     inputs = not {"inputs1", "inputs2"}.isdisjoint(which)
     with autocast(images.device, precision):
@@ -102,7 +102,7 @@ def embed(
             stages = backbone.class_attention_inputs(images)
         else:
             stages = [backbone.forward_features(images)]
-    # Of bf16 tokens, too, the mean is not rounded to bf16.
+    # The mean of bf16 tokens is not rounded to bf16
     *entering, (cls, patch) = [(_wide(cls), _wide(tokens).mean(dim=1)) for cls, tokens in stages]
     parts = {"cls": (cls,), "patch": (patch,), "cls+patch": (cls, patch)}
     if inputs:
@@ -118,8 +118,8 @@ def _wide(tokens: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 def extract_pixels(loader: Iterable) -> Features:
     """The bytes of each view as its features, (n, c * h * w) uint8: the baseline without a network.
 
-    `loader` yields bytes; they take a quarter of float32's memory. They are copied, because a
-    loader reuses a batch's memory only when nobody refers to it.
+    `loader` yields bytes, a quarter of float32's memory. They are copied, because a loader reuses
+    the memory of a batch only when nothing refers to it.
     """
     return _collect(loader, lambda images: {"pixels": images.flatten(1).clone()})["pixels"]
 
@@ -134,7 +134,7 @@ def _collect(loader: Iterable, embed: Callable[[Tensor], dict[str, Tensor]]) -> 
         labels.append(batch_labels)
         indices.append(batch_indices)
 
-    # From here on outside of inference mode, so that a classifier can be trained on the result.
+    # Outside of inference mode, so that a classifier can be trained on the result
     if not indices:
         raise UserError("there are fewer images than ranks: start fewer ranks")
     indices, order = distributed.gather_variable(torch.cat(indices)).sort()
@@ -148,7 +148,7 @@ def _collect(loader: Iterable, embed: Callable[[Tensor], dict[str, Tensor]]) -> 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode; afterwards each module's own (parts of a network may be frozen in eval mode)."""
+    """Eval mode; afterwards each module's own mode (parts of a network may be frozen in eval)."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -159,7 +159,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def require_finite(features: Real[Tensor, "n d"], name: str = "the features") -> None:
-    """Raises UserError for NaN or infinity."""
+    """Raise UserError for NaN or infinity."""
     if not features.isfinite().all():
         raise UserError(
             f"{name} contain NaN or infinity: the network has diverged; take an earlier checkpoint"

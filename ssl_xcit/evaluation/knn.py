@@ -1,13 +1,13 @@
 """k-NN classification of frozen features: DINO's weighted vote, and the evaluation by it.
 
-For a test image with the k most similar training images j (cosine similarity s_j, class y_j), the
-score of class c is the sum over j with y_j = c of exp(s_j / temperature): equation and defaults
-(temperature 0.07, k = 10, 20, 100, 200) as in DINO's eval_knn.py, after Wu et al. 2018
-(arXiv:1805.01978, section 3.4). Every choice among equals is defined, so that a result depends
-neither on the block size nor on the device:
+Let j run over the k training images most similar to a test image, with cosine similarity s_j and
+class y_j. The score of class c is the sum of exp(s_j / temperature) over all j with y_j = c.
+Equation and defaults (temperature 0.07, k = 10, 20, 100, 200) are those of DINO's eval_knn.py,
+after Wu et al. 2018 (arXiv:1805.01978, section 3.4). All ties are broken by rule, so a result
+depends neither on the block size nor on the device:
 
-- equally similar training images: the one that comes first in the training set is nearer;
-- equally scored classes: the smaller class number ranks first.
+- of equally similar training images, the first in the training set is nearer;
+- of classes with equal scores, the smaller number ranks first.
 """
 
 import time
@@ -39,7 +39,7 @@ from ssl_xcit.runtime.errors import UserError
 from ssl_xcit.runtime.precision import settled
 
 GRID_BITS = 31  # similarities are rounded to multiples of 2^-31 = 4.7e-10
-INDEX_MASK = 2**31 - 1  # training images that a search can number
+INDEX_MASK = 2**31 - 1  # the largest index of a training image
 BLOCK_ELEMENTS = 2**23  # of float64: 64 MiB
 COLUMNS = (("features", 10), ("k", 6), ("T", 8), ("top-1 %", 10), ("top-5 %", 10))
 
@@ -50,14 +50,14 @@ def cosine_top_k(
     """Cosine similarities and indices of the min(k, n) nearest training rows, nearest first.
 
     Works on blocks of `chunk` test rows by `chunk` training rows and keeps the best k of each test
-    row so far, so memory does not grow with m * n; by default each of the few blocks alive takes
-    at most 64 MiB. Inputs may be of any real type and need no normalisation; a zero vector has
+    row so far, so memory does not grow with m * n; by default each of the few live blocks takes at
+    most 64 MiB. Inputs may be of any real type and need no normalisation; a zero vector has
     similarity 0 to everything.
 
-    The products are summed in float64 and rounded to a grid of 2^-31, far finer than float32
-    features can tell apart and far coarser than float64's summation error, which does depend on
-    the block size. So equal vectors tie exactly. A rounded similarity and its index fit into one
-    int64 that orders by similarity first and by the lower index second; integers are all different,
+    Products are summed in float64 and rounded to a grid of 2^-31. That is far finer than float32
+    features can resolve, and far coarser than the summation error of float64, which depends on the
+    block size: equal vectors tie exactly. A rounded similarity and its index are packed into one
+    int64 that orders by similarity first and by the lower index second. All these integers differ,
     so top-k has a single answer, whatever the blocks and the device.
     """
     chunk = chunk or max(1, min(int(BLOCK_ELEMENTS**0.5), BLOCK_ELEMENTS // train.size(1)))
@@ -99,21 +99,21 @@ def weighted_vote(
 
     The first k columns vote; they are sorted by falling similarity, as `cosine_top_k` returns
     them, with `neighbour_labels` in 0 .. num_classes - 1. Weights are exp((s - s_max) / T): the
-    common factor exp(s_max / T) changes no rank, and without it small temperatures overflow.
-    Fewer than min(5, k) classes may have received votes: the rest are filled with unvoted classes,
-    smallest number first (the official script leaves that order to the sort).
+    common factor exp(s_max / T) changes no rank, and would overflow at low temperatures. If fewer
+    classes than that have votes, those without follow, smallest number first (DINO's script leaves
+    their order to the sort).
     """
     similarities, neighbour_labels = similarities[:, :k].double(), neighbour_labels[:, :k]
     weights = torch.exp((similarities - similarities[:, :1]) / temperature)
     scores = weights.new_zeros(len(weights), num_classes)
-    # One neighbour at a time: a row's addends then have one order, also with CUDA's atomics.
+    # One neighbour at a time fixes the order of a row's addends, even with CUDA's atomics
     for label, weight in zip(neighbour_labels.split(1, 1), weights.split(1, 1), strict=True):
         scores.scatter_add_(1, label, weight)
     ranked = []
     for _ in range(min(5, weights.size(1), num_classes)):
         winner = scores.argmax(dim=1, keepdim=True)  # the first of equal maxima
         ranked.append(winner)
-        scores.scatter_(1, winner, -1.0)  # below every score: out of the race
+        scores.scatter_(1, winner, -1.0)  # below every score
     return torch.cat(ranked, dim=1)
 
 
@@ -121,8 +121,8 @@ class Neighbours(NamedTuple):
     """The nearest training images of each test image, nearest first, by one search."""
 
     similarities: Float64[Tensor, "m k"]
-    labels: Int64[Tensor, "m k"]  # as places in `classes`
-    classes: Int64[Tensor, " c"]  # sorted: keeps the tie rule
+    labels: Int64[Tensor, "m k"]  # as indices into `classes`
+    classes: Int64[Tensor, " c"]  # sorted, which keeps the rule for ties
 
     def votes(self, k: int, temperature: float) -> Int64[Tensor, "m top"]:
         """The best classes of each test image by `weighted_vote`, best first."""
@@ -199,11 +199,11 @@ def evaluate_knn(config: KnnConfig) -> dict:
     """k-NN accuracy of a checkpoint, of an untrained network or of the pixels, as `config` says.
 
     Prints a table, and writes what it returns as JSON to `config.out` if that is set: "accuracy"
-    has a row for each kind of features, temperature and k, see `knn`; the rest is everything that
-    decided them. With torchrun the ranks share the images and the search, and rank 0 reports.
+    has a row for each kind of features, temperature and k, see `knn`; the rest is what decided
+    them. With torchrun the ranks share the images and the search, and rank 0 reports.
 
-    Raises UserError for what the user can mend: images that are missing or do not belong together,
-    a checkpoint that is no backbone or for other images, features that are not finite.
+    Raises UserError for what the user can correct: images that are missing or do not belong
+    together, a checkpoint that is no backbone or is for other images, features that are not finite.
     """
     return run_evaluation(lambda ranks: _measure(config, ranks), config.device, config.out)
 

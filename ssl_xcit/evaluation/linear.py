@@ -1,7 +1,7 @@
 """The linear evaluation of a checkpoint: choose on held-out training images, then test once.
 
-The order of events is the point. Everything that is learnt or chosen comes from the training images
-and is stored in the output folder; only then are the test images opened.
+The order matters. Everything is learnt and chosen from the training images and stored in the output
+folder before the test images are opened.
 """
 
 import json
@@ -45,17 +45,17 @@ COLUMNS += (("top-1 %", 9), ("top-5 %", 9))
 
 
 def evaluate_linear(config: LinearConfig) -> dict:
-    """Linear classification by frozen features, as `config` says; or the test of a stored one.
+    """Train linear classifiers of frozen features, or test a stored one (--evaluate).
 
-    Prints a table, and writes what it returns as JSON to `config.out`: result.json, or
-    evaluation.json for --evaluate. "official" and "fast" have the held-out accuracy of every
-    classifier tried, which one was selected, and its "top1" and "top5" on the test images, in
-    percent. The selected classifiers lie beside, in official/ and fast/, see
+    Prints a table, and writes what it returns as JSON into the folder `config.out`: result.json, or
+    evaluation.json for --evaluate. "official" and "fast" hold the held-out accuracy of every
+    classifier tried, the one selected, and its "top1" and "top5" on the test images, in percent.
+    The selected classifiers are stored in official/ and fast/, see
     `ssl_xcit.evaluation.linear_file`. With torchrun the ranks share the images, and rank 0 reports.
 
-    A killed evaluation continues when it is started again. Raises UserError for what the user can
-    mend: images that are missing or do not belong together, a checkpoint that is no backbone or
-    for other images, an output folder of another evaluation, a classifier that does not fit.
+    The same command continues a killed evaluation. Raises UserError for what the user can correct:
+    images that are missing or do not belong together, a checkpoint that is no backbone or is for
+    other images, the output folder of another evaluation, a classifier that does not fit.
     """
     measure = _test_stored if config.evaluate else _choose_and_test
     name = "evaluation.json" if config.evaluate else "result.json"
@@ -106,19 +106,19 @@ def _choose_and_test(config: LinearConfig, ranks: Distributed) -> Result:
 
 
 def _prepare(config: LinearConfig, ranks: Distributed) -> Material:
-    """Open what is learnt from, check it, and make the output folder this evaluation's."""
+    """Open and check what to learn from, and claim the output folder for this evaluation."""
     if config.mode != "fast" and Path(config.train).is_dir():
         raise UserError(
-            f"--mode {config.mode} learns from random views, which are read from .beton files, but "
+            f"--mode {config.mode} learns from random views, which need a .beton file, but "
             f"{config.train} is a folder: write a file of it (ssl-xcit data write "
             f"{config.train} train.beton), or take --mode fast"
         )
-    if not Path(config.test).exists():  # opened at the very end, missed now
+    if not Path(config.test).exists():  # opened at the very end, but missed now
         raise UserError(f"no images at {config.test}: --test takes a .beton or a folder")
     if config.batch_size % ranks.world_size:
         raise UserError(
-            f"batch_size {config.batch_size} cannot be shared by {ranks.world_size} ranks: choose "
-            "a multiple"
+            f"batch_size must be a multiple of the {ranks.world_size} ranks, got "
+            f"{config.batch_size}"
         )
     extraction = _extraction(config, ranks, config.train)
     train = extraction.open(config.train)
@@ -147,31 +147,28 @@ def _count_classes(images: Images) -> int:
 
 
 def _claim(out: Path, config: LinearConfig, subject: Subject, train: Images) -> None:
-    """Make the folder this evaluation's, or refuse it when it is another's."""
+    """Claim the folder for this evaluation. Raises UserError if it belongs to another."""
     described = out / "config.yaml"
     facts = {
         "format": FORMAT,
         "backbone": fingerprint(subject.backbone.state_dict()),
         "images": [train.num_samples, zlib.crc32(np.ascontiguousarray(train.labels))],
     }
+    if not described.exists():
+        write_result(facts, out / "linear_run.json")
+        save_config(config, described)
+        return
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not described.exists():
-            write_result(facts, out / "linear_run.json")
-            save_config(config, described)
-            return
         stored = json.loads((out / "linear_run.json").read_text())
-        differences = config_differences(read_config(LinearConfig, described), config)
-        differences = [line for line in differences if line.split(":")[0] not in MAY_CHANGE]
-        differences += [
-            f"{name}: {stored.get(name)} -> {value}"
-            for name, value in facts.items()
-            if stored.get(name) != value
-        ]
     except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"cannot use the folder {out}: {error}; choose another --out") from error
+    differences = config_differences(read_config(LinearConfig, described), config)
+    differences = [line for line in differences if line.split(":")[0] not in MAY_CHANGE]
+    differences += [
+        f"{name}: {stored.get(name)} -> {value}"
+        for name, value in facts.items()
+        if stored.get(name) != value
+    ]
     if differences:
         raise UserError(
             f"{out} belongs to another evaluation ({'; '.join(differences)}); choose another --out,"
@@ -194,7 +191,7 @@ def _accuracies(
 
 
 def _test_stored(config: LinearConfig, ranks: Distributed) -> Result:
-    """--evaluate: the accuracy of a stored classifier, if it belongs to this network and images."""
+    """--evaluate: test a stored classifier, if it belongs to this network and these images."""
     start = time.perf_counter()
     path = Path(config.evaluate)
     classifier = load_classifier(path)
@@ -211,13 +208,13 @@ def _test_stored(config: LinearConfig, ranks: Distributed) -> Result:
     expected = FEATURES[kind] * extraction.subject.backbone.embed_dim
     if size != expected:
         raise UserError(
-            f"{path} is for {size} features, the network has {expected}: take the network it was "
-            "trained with"
+            f"{path} is for {size} features, the network has {expected}: take the network that it "
+            "was trained on"
         )
     if classes != _count_classes(test):
         raise UserError(
-            f"{path} tells {classes} classes apart, {test.path} has {_count_classes(test)}: take "
-            "images of the same classes"
+            f"{path} has {classes} classes, {test.path} has {_count_classes(test)}: take images of "
+            "the same classes"
         )
     ((_, top1, top5),) = _accuracies(extraction, test, {"": classifier})
     facts = {
@@ -245,7 +242,7 @@ def _test_stored(config: LinearConfig, ranks: Distributed) -> Result:
 
 
 def _check_facts(path: Path, classifier: Classifier, extraction: Extraction, test: Images) -> None:
-    """Raises UserError unless `classifier` is for this network and these classes and views."""
+    """Raise UserError unless `classifier` is for this network, these classes and this view."""
     facts = classifier.facts
     if facts["backbone"] != fingerprint(extraction.subject.backbone.state_dict()):
         raise UserError(
@@ -255,7 +252,7 @@ def _check_facts(path: Path, classifier: Classifier, extraction: Extraction, tes
     odd = [name for name, value in transform.items() if facts["transform"].get(name) != value]
     if odd:
         flags = (f"--{name} {facts['transform'].get(name)}" for name in odd)
-        raise UserError(f"{path} was trained with {' '.join(flags)}: repeat it")
+        raise UserError(f"{path} was trained with {' '.join(flags)}: give the same here")
     names = None if test.class_names is None else list(test.class_names)
     if facts["class_names"] and names and facts["class_names"] != names:
         odd = sorted(set(facts["class_names"]) ^ set(names)) or ["only their order"]

@@ -1,6 +1,6 @@
 """The two protocols of the linear evaluation; each returns its facts and the selected classifier.
 
-Neither knows of test images.
+Neither sees the test images.
 """
 
 import contextlib
@@ -57,11 +57,11 @@ class Material(NamedTuple):
 
 
 def train_official(material: Material) -> tuple[dict, Float[Tensor, "c d"], Float[Tensor, " c"]]:
-    """All learning rates and kinds of features at once, on random views; the selected classifier.
+    """Train on random views, for all learning rates and kinds of features at once.
 
-    DINO's eval_linear.py but for its choices: rates are tried, not given; the best is chosen on
-    held-out training images instead of the test set, after the last epoch instead of the best one.
-    Images beyond an epoch's last full batch wait for another epoch.
+    This is DINO's eval_linear.py with other choices: several learning rates are tried, and the best
+    is chosen on held-out training images, not on the test set, after the last epoch, not after the
+    best one. An epoch leaves out the images beyond its last full batch.
     """
     config, extraction = material.config, material.extraction
     sizes = {kind: material.size(kind) for kind in config.features}
@@ -113,7 +113,7 @@ def _training_loader(material: Material) -> MultiCropLoader:
 
 
 def _train_grid(material: Material, grid: LinearGrid, loader: MultiCropLoader) -> float:
-    """Train to the end, from where a former attempt stopped; seconds over all attempts."""
+    """Train to the end, resuming an earlier attempt; returns the seconds of all attempts."""
     config, folder = material.config, Path(material.config.out) / "checkpoints"
     backbone, ranks = material.extraction.subject.backbone, material.extraction.ranks
     found, skipped = load_latest(folder)
@@ -170,10 +170,10 @@ def _to_device(material: Material, views: Tensor, indices: Tensor) -> tuple[Tens
 
 
 def fit_fast(material: Material) -> tuple[dict, Float[Tensor, "c d"], Float[Tensor, " c"]]:
-    """Logistic regression on central views, of every strength; the selected one, of all images.
+    """Fit logistic regression to the features of central views, for every strength and kind.
 
-    From strong to weak, each fit starting at the one before. The selected strength and kind of
-    features is then fitted again with the held-out images among the others.
+    Strengths go from strong to weak, and each fit starts from the one before. The selected strength
+    and kind of features is fitted again to all images, held-out ones included.
     """
     config, start = material.config, time.perf_counter()
     features = _training_features(material)
@@ -230,7 +230,7 @@ def _training_features(material: Material) -> dict[str, Float[Tensor, "n _"]]:
     for kind, container in stored.items():
         rows, size = found[container].features, material.size(kind)
         require_finite(rows)
-        # A contained kind is the first part of cls+patch if cls, else the last of its container.
+        # In its container, cls is the first part, and every other kind the last
         features[kind] = rows[:, :size] if kind == "cls" else rows[:, -size:]
     return features
 
@@ -265,9 +265,9 @@ def _note_held_out(row: dict, ranked: Int64[Tensor, "m top"], labels: Int64[Tens
 
 
 def select(rows: Sequence[dict]) -> int:
-    """The place of the highest held-out top-1, the first of equals; without any the first place.
+    """The index of the highest held-out top-1, the first of equals; 0 if nothing was held out.
 
-    Raises UserError if all have diverged.
+    Raises UserError if all classifiers have diverged.
     """
     alive = [place for place, row in enumerate(rows) if not row.get("diverged")]
     if not alive:

@@ -1,8 +1,8 @@
 """Accuracy of supervised checkpoints with their own classifiers, beside the published one.
 
-The published accuracies were measured on the same 50,000 validation images with the same weights,
-so a complete measurement differs from them by preprocessing, decoder and arithmetic alone: by a few
-images. The interval says how far a measurement on part of the images can be from the whole.
+The published accuracies were measured with the same weights on the same 50,000 validation images. A
+complete measurement differs from them only by preprocessing, decoder and arithmetic, which is a few
+images. The interval says how far a measurement on some of the images can be from the whole.
 """
 
 import hashlib
@@ -43,10 +43,10 @@ FILES = {".pth", ".pt", ".bin", ".safetensors"}
 
 
 def evaluate_supervised(config: SupervisedConfig) -> dict:
-    """What `config` asks for: the table of published models, one evaluation, or a folder's.
+    """The table of published models, the accuracy of one checkpoint, or of all in a folder.
 
-    Prints it, an evaluation as one JSON line too, and writes what it returns to `config.out`. With
-    torchrun the ranks share the images, and rank 0 reports.
+    Prints it (one checkpoint's as a JSON line, too), and writes what it returns to `config.out`.
+    With torchrun the ranks share the images, and rank 0 reports.
 
     Raises UserError for a file that is no such model, images whose classes are not the
     classifier's, and, at the end, a folder with files that could not be evaluated.
@@ -63,7 +63,7 @@ class NotFiniteError(UserError):
 
 
 class Candidate(NamedTuple):
-    """A checkpoint that has been read, and all that decides how it is evaluated."""
+    """A checkpoint that has been read, and everything that decides how it is evaluated."""
 
     weights: Weights
     model: ZooModel | None
@@ -78,9 +78,10 @@ class Candidate(NamedTuple):
 def evaluation_view(resolution: int, preprocess: str) -> EvalView:
     """How an image becomes a square of `resolution` pixels, always bicubic.
 
-    mmpretrain: at 224 the central crop of short side 256, at 384 a square whatever the image's
-    shape (its configs/xcit); full-crop: the central crop of the whole short side (XCiT's
-    --full_crop; timm, crop_pct 1). Raises UserError for a resolution without a definition.
+    mmpretrain (its configs/xcit): at 224 the central crop after the short side becomes 256, at 384
+    the whole image stretched to a square. full-crop (XCiT's --full_crop; timm's crop_pct 1): the
+    central crop of the whole short side. Raises UserError for a resolution that mmpretrain does not
+    define.
     """
     if preprocess == "full-crop":
         return EvalView(resolution, resolution)
@@ -119,7 +120,7 @@ def _read(
     resolution = config.resolution or (model.image_size if model else 0)
     if not resolution:
         raise UserError(
-            f"neither its name nor its sha256 says which published model {path} is: add --model "
+            f"neither the name nor the sha256 of {path} is that of a published model: add --model "
             "NAME (--list shows them), or for another checkpoint --resolution PIXELS"
         )
     view = evaluation_view(resolution, config.preprocess)
@@ -224,9 +225,9 @@ def _evaluate(candidate: Candidate, config: SupervisedConfig, ranks: Distributed
 
 
 def _evaluate_folder(config: SupervisedConfig, ranks: Distributed) -> Result:
-    """Every file in `config.all` that belongs to a published model; what is done is not redone.
+    """Every file in `config.all` that is a published model, except those already evaluated.
 
-    The report is written after each file, so a killed evaluation continues.
+    The report is written after each file, so the same command continues after a kill.
     """
     folder, out = Path(config.all), Path(config.out)
     if not folder.is_dir():
@@ -245,7 +246,7 @@ def _evaluate_folder(config: SupervisedConfig, ranks: Distributed) -> Result:
         raise UserError(
             f"{out} was made with other images or settings: choose another --out, or remove it"
         )
-    distributed.barrier()  # nobody writes the report while somebody reads it
+    distributed.barrier()  # rank 0 overwrites the report once all ranks have read it
     report = {"settings": settings, "files": []}
     for path in files:
         entry = {"file": path.name} | _evaluate_one(path, images, done, config, ranks)
@@ -270,7 +271,7 @@ def _evaluate_folder(config: SupervisedConfig, ranks: Distributed) -> Result:
 def _evaluate_one(
     path: Path, images: Images, done: dict, config: SupervisedConfig, ranks: Distributed
 ) -> dict:
-    """The result of a file with "status" done, or "failed" or "skipped" and a "reason"."""
+    """A file's result with "status" done; or status "failed" or "skipped" and a "reason"."""
     error, found = "", None
     try:
         found = _prepare(path, images, done, config)
@@ -278,7 +279,7 @@ def _evaluate_one(
         error = str(problem)
     except OSError as problem:
         error = f"{path} cannot be read: {problem.strerror}"
-    # What one rank cannot read no rank evaluates: they would wait for each other forever.
+    # If one rank cannot read it, none evaluates it: the others would wait forever
     failed = distributed.gather_variable(torch.tensor([bool(error)], dtype=torch.uint8))
     if failed.any():
         return {"status": "failed", "reason": error or "another rank could not read it"}
@@ -291,7 +292,7 @@ def _evaluate_one(
 
 
 def _prepare(path: Path, images: Images, done: dict, config: SupervisedConfig) -> Candidate | dict:
-    """The file, read; or its entry if it need not be evaluated. Raises UserError and OSError."""
+    """The file, read; or its entry, if there is nothing to do. Raises UserError and OSError."""
     sha256 = _sha256(path)
     if identify(path, sha256)[0] is None:
         return {"status": "skipped", "reason": "neither name nor sha256 of a published model"}

@@ -1,4 +1,4 @@
-"""Distillation (DeiT, Touvron et al., 2021, section 4): the loss, and the teachers there are."""
+"""Distillation (DeiT, Touvron et al., 2021, section 4): its loss and its teachers."""
 
 from collections.abc import Sequence
 
@@ -17,13 +17,13 @@ from ssl_xcit.runtime.errors import UserError
 def distillation_loss(
     kind: str, logits: Float[Tensor, "b k"], teacher_logits: Float[Tensor, "b k"], temp: float
 ) -> Float[Tensor, ""]:
-    """The teacher's part of the loss, a mean over the batch.
+    """The distillation loss, a mean over the batch.
 
     hard: cross-entropy with the teacher's most likely class.
     soft: temp^2 KL(softmax(teacher / temp) || softmax(student / temp)). (DeiT's code divides the
-    sum by batch x classes, so its soft term is that many classes times as small.)
+    sum by batch x classes, so its soft term is smaller by the number of classes.)
 
-    As in XCiT, the same logits answer to the labels and to the teacher.
+    As in XCiT, labels and teacher share the same logits.
     """
     if kind == "hard":
         return F.cross_entropy(logits, teacher_logits.argmax(1))
@@ -32,10 +32,7 @@ def distillation_loss(
 
 
 class Teacher(nn.Module):
-    """A frozen classifier that sees images normalised for the student as if for itself.
-
-    Called under no_grad; always in eval mode.
-    """
+    """A frozen classifier that takes images normalised for the student; always in eval mode."""
 
     def __init__(
         self,

@@ -44,15 +44,14 @@ COLUMNS = (("weights", 16), ("top-1 %", 10), ("top-5 %", 10))
 def finetune(config: FinetuneConfig) -> dict:
     """Fine-tune as `config` says, in the run folder `config.out`.
 
-    Prints a table and returns what it also writes to result.json there: top-1 and top-5 in percent
-    of the last epoch's weights (with `ema_decay` of their average, and of both by name), and
-    everything that decided them. The best epoch is not chosen: that would be choosing by the test
-    images.
+    Prints a table, and returns what it writes to result.json there: top-1 and top-5 in percent of
+    the weights after the last epoch (with `ema_decay`, of their average, and of both by name), and
+    everything that decided them. No best epoch is chosen: the test images would choose it.
 
     Order of precedence for the weights: 1. the newest complete checkpoint in the run folder;
     2. `init`; 3. random initialisation from `seed`.
 
-    Raises UserError for what the user can mend.
+    Raises UserError for what the user can correct.
     """
 
     def train(ranks: Distributed) -> Result:
@@ -70,7 +69,7 @@ class Finetuning(Task):
     kind = "fine-tuning"
 
     def __init__(self, config: FinetuneConfig, ranks: Distributed) -> None:
-        """Network, optimiser and loaders of a run, from its starting point."""
+        """Make the network, the optimiser and the loaders of a run, as it starts."""
         self.configure(config, ranks)
         config = self.config
         targets = config.targets
@@ -140,11 +139,11 @@ class Finetuning(Task):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps that show as many views as there are images, with repeats or without."""
+        """Steps that show as many views as there are images, whatever `repeated_augment` is."""
         return len(self.loader) // self.config.views.repeated_augment
 
     def hyperparameters(self, step: int) -> dict[str, float]:
-        """What the schedules say at `step`. (XCiT's code moves once per epoch.)"""
+        """Learning rate and weight decay at `step`. (XCiT's code updates once per epoch.)"""
         optim = self.config.optim
         peak = optim.lr * self.global_batch / optim.lr_batch
         warmup = optim.warmup_epochs * self.steps_per_epoch
@@ -156,7 +155,7 @@ class Finetuning(Task):
         }
 
     def loss(self, batch: tuple[Tensor, ...], step: int, micro: int) -> StepLoss:
-        """Cross-entropy with smoothed, mixed labels, and the teacher's part if there is one."""
+        """Cross-entropy with smoothed, mixed labels, and the distillation loss if there is one."""
         targets = self.config.targets
         place = self.loader.place(micro)
         images, answers, keys = self.prepare(batch, step // self.steps_per_epoch, step, place)
@@ -174,7 +173,7 @@ class Finetuning(Task):
         return StepLoss(loss)
 
     def after_update(self, step: int, shared: Float[Tensor, "..."], bad: Bool[Tensor, ""]) -> None:
-        """Statistics that the ranks share, then the moving average."""
+        """Share BatchNorm's statistics among the ranks, then update the moving average."""
         if not self.config.run.sync_bn:
             distributed.all_reduce_buffers(self.modules())
         if self.average is not None:
@@ -185,7 +184,7 @@ class Finetuning(Task):
         return [self.bare_model]
 
     def evaluates(self, epoch: int) -> bool:
-        """Whether the test images are due."""
+        """Whether to evaluate on the test images after `epoch`."""
         last = epoch + 1 == self.config.optim.epochs
         return last or (epoch + 1) % self.config.evaluation.eval_every == 0
 
