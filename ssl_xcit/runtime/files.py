@@ -11,12 +11,16 @@ from ssl_xcit.runtime.errors import UserError
 
 
 @contextmanager
-def new_file(out: Path, overwrite: bool) -> Iterator[BinaryIO]:
-    """A file that takes `out`'s place when the block ends well, and vanishes when it does not.
+def new_file(out: Path, overwrite: bool = True) -> Iterator[BinaryIO]:
+    """A file that takes the place of `out` when the block ends well, and else vanishes.
 
-    Its name is `out`.tmp; what a killed process left under that name is written over.
+    Until then it lies beside `out` as .writing_NAME. What a killed process left under that name is
+    written over.
+
+    Raises UserError when `out` exists and may not be overwritten, is a folder, is being written by
+    another process, or when the disk refuses.
     """
-    temporary = out.with_name(out.name + ".tmp")
+    temporary = out.with_name(f".writing_{out.name}")
     try:
         if out.is_dir():
             raise UserError(f"{out}: is a folder, expected the name of a file to write")
@@ -38,11 +42,25 @@ def new_file(out: Path, overwrite: bool) -> Iterator[BinaryIO]:
         os.fsync(folder)  # the rename itself survives a power cut
         os.close(folder)
     except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{out}: cannot be written: {reason}; choose another place") from error
+
+
+def write_text(out: Path, text: str) -> None:
+    """Make `text` the content of `out`, as `new_file` does; folders above it are made.
+
+    Raises UserError when the disk refuses.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror}") from error
+    with new_file(out) as file:
+        file.write(text.encode())
 
 
 def _is_ours(file: BinaryIO, path: Path) -> bool:
-    """Locks an open file; False if another process holds it, or has renamed it meanwhile."""
+    """Lock an open file; False if another process holds it, or has renamed it meanwhile."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
