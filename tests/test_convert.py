@@ -21,7 +21,7 @@ from ssl_xcit.checkpoints import convert as convert_module
 from ssl_xcit.checkpoints.convert import convert, describe, layout, main
 from ssl_xcit.checkpoints.folder import save_checkpoint
 from ssl_xcit.checkpoints.formats import to_timm, unwrap
-from ssl_xcit.checkpoints.weights import identify, read_file
+from ssl_xcit.checkpoints.read import identify, read
 from ssl_xcit.models import xcit
 from ssl_xcit.models.variants import ARCHITECTURES, VARIANTS, Variant
 from ssl_xcit.models.xcit import build_xcit
@@ -189,10 +189,9 @@ def test_weights_in_each_format_give_the_real_timm_model_our_logits(
         if sum(tensor.numel() for tensor in state.values()) < 3e7:  # more would be gigabytes
             save = save_file if name.endswith(".safetensors") else torch.save
             save(content, tmp_path / name)
-            contents = read_file(tmp_path / name)
+            weights = read(tmp_path / name)
         else:
-            contents = unwrap(content, name)
-        weights = identify(contents, Path(name), "teacher", "").weights
+            weights = identify(unwrap(content, name), Path(name))
         assert weights.arch == arch
         again = to_timm(weights.state)
         assert same(again, {key: loaded[key] for key in loaded.keys() & again.keys()})

@@ -20,8 +20,7 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ssl_xcit.checkpoints.read import read_weights
-from ssl_xcit.checkpoints.weights import Weights, build_model
+from ssl_xcit.checkpoints.read import Weights, read
 from ssl_xcit.checkpoints.zoo import ZooModel, by_file_name, by_hash, zoo
 from ssl_xcit.data.datasets import Images, check_channels, evaluation_loader, open_images
 from ssl_xcit.data.pixels import normalise
@@ -29,7 +28,6 @@ from ssl_xcit.data.views import EvalView
 from ssl_xcit.evaluation.class_order import ClassOrder, class_order
 from ssl_xcit.evaluation.config import SupervisedConfig
 from ssl_xcit.evaluation.results import describe_images, describe_software, write_result
-from ssl_xcit.evaluation.subject import statistics
 from ssl_xcit.evaluation.supervised_tables import (
     compare_zoo,
     result_text,
@@ -186,20 +184,19 @@ def _read(
             "NAME (--list shows them), or for another checkpoint --resolution PIXELS"
         )
     view = evaluation_view(resolution, config.preprocess)
-    weights = read_weights(path, config.role, model.arch if model else "")
-    if weights.info["num_classes"] == 0:
+    weights = read(path, config.role, model.arch if model else "")
+    if weights.num_classes == 0:
         raise UserError(
             f"{path} has no classifier: evaluate a backbone by eval/linear.py or eval/knn.py"
         )
-    if model and weights.info["num_classes"] != 1000:
+    if model and weights.num_classes != 1000:
         raise UserError(
-            f"{path} has {weights.info['num_classes']} classes, {model.name} 1,000: drop --model "
+            f"{path} has {weights.num_classes} classes, {model.name} 1,000: drop --model "
             "and give --resolution"
         )
-    in_chans = weights.state["patch_embed.proj.0.0.weight"].shape[1]
-    images = open_images(config.data, in_chans) if images is None else images
-    check_channels(in_chans, images)
-    order = class_order(images, weights.info["num_classes"], config.classes)
+    images = open_images(config.data, weights.in_chans) if images is None else images
+    check_channels(weights.in_chans, images)
+    order = class_order(images, weights.num_classes, config.classes)
     warnings += [order.warning] if order.warning else []
     return Candidate(weights, model, sha256, resolution, view, images, order, warnings)
 
@@ -208,7 +205,7 @@ def _evaluate(candidate: Candidate, config: SupervisedConfig, ranks: Distributed
     """The result of one checkpoint, the same on every rank."""
     start = time.perf_counter()
     weights, model, view = candidate.weights, candidate.model, candidate.view
-    mean, std = statistics(weights.info, weights.state["patch_embed.proj.0.0.weight"].shape[1])
+    mean, std = weights.statistics
     loader = evaluation_loader(
         candidate.images,
         view,
@@ -218,7 +215,7 @@ def _evaluate(candidate: Candidate, config: SupervisedConfig, ranks: Distributed
         mean=mean,
         std=std,
     )
-    network = build_model(weights).to(ranks.device)
+    network = weights.build().to(ranks.device)
     outputs = candidate.order.outputs
     count, top1, top5 = count_hits(network, loader, outputs, ranks, config.precision)
     assert count == len(candidate.images), "an image was read twice or not at all"
@@ -231,10 +228,10 @@ def _evaluate(candidate: Candidate, config: SupervisedConfig, ranks: Distributed
     return {
         "model": model.name if model else None,
         "arch": weights.arch,
-        "checkpoint": weights.info["path"],
-        "step": weights.info["step"],
-        "role": weights.info["role"],
-        "format": weights.info["format"],
+        "checkpoint": weights.path,
+        "step": weights.step,
+        "role": weights.role,
+        "format": weights.format,
         "sha256": candidate.sha256,
         "published_file": candidate.sha256[:8] == model.sha8
         if model and candidate.sha256

@@ -43,7 +43,7 @@ def new_file(out: Path, overwrite: bool = True) -> Iterator[BinaryIO]:
         os.close(folder)
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"{out}: cannot be written: {reason}; choose another place") from error
+        raise UserError(f"cannot write {out}: {reason}; choose another place") from error
 
 
 def write_text(out: Path, text: str) -> None:
@@ -51,12 +51,17 @@ def write_text(out: Path, text: str) -> None:
 
     Raises UserError when the disk refuses.
     """
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror}") from error
+    make_folder(out.parent)
     with new_file(out) as file:
         file.write(text.encode())
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder` and those above it where they do not exist. Raises UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}; choose another place") from error
 
 
 def _is_ours(file: BinaryIO, path: Path) -> bool:
