@@ -54,7 +54,6 @@ RUN_KEYS_THAT_MAY_CHANGE = frozenset(
     }
 )
 
-Interpolation = Literal["bicubic", "bilinear"]
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 
