@@ -417,7 +417,7 @@ def test_what_cannot_be_done_is_said_in_one_line(micro, tmp_path, capsys, monkey
     )
     assert "holds model, not model_ema" in said
     assert "no checkpoint at" in refused(capsys, "info", tmp_path / "nothing")
-    assert "cannot write" in refused(capsys, "convert", source, out / "x.pth", "--to", "dino")
+    assert "cannot be written" in refused(capsys, "convert", source, out / "x.pth", "--to", "dino")
     missing = {"onnxscript"}
     find = importlib.util.find_spec
     monkeypatch.setattr(

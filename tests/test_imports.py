@@ -57,7 +57,7 @@ PLAIN_MODULES |= {"finetune.mixing", "finetune.augment", "finetune.average"}
 PLAIN_MODULES |= {"finetune.distillation"}
 # Imported by every --help, so nothing heavy.
 LIGHT = {"runtime.errors", "runtime.processor", "runtime.options", "runtime.config"}
-LIGHT |= {"runtime.references", "runtime.files"}
+LIGHT |= {"runtime.references", "runtime.files", "runtime.provenance", "data.views"}
 LIGHT |= {
     "runtime.command",
     "training.config",

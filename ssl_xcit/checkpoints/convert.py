@@ -17,12 +17,11 @@ import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from ssl_xcit.checkpoints.formats import StateDict, to_mmpretrain, to_timm
@@ -91,15 +90,14 @@ def convert(
     model = weights.build()
     make_folder(out.parent)
     with new_file(out, overwrite) as file:
-        path = Path(file.name)
         tensors = 0
         if to in EXPORTS:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # some torch warns of what it does itself there
-                again = _write_onnx(model, path) if to == "onnx" else _export(model, path)
+                again = (_write_onnx if to == "onnx" else _export)(model, file)
         else:
-            tensors = _write_tensors(weights, to, path)
-            again = _read_again(weights, path)
+            tensors = _write_tensors(weights, to, file)
+            again = _read_again(weights, Path(file.name))
         difference = _largest_difference(model, again)
         if not difference <= (EXPORT_TOLERANCE if to in EXPORTS else 0):
             raise UserError(
@@ -118,7 +116,7 @@ def layout(state: StateDict, to: str) -> dict[str, Tensor] | dict[str, StateDict
     return {"model": state} if to == "official" else state
 
 
-def _write_tensors(weights: Weights, to: str, path: Path) -> int:
+def _write_tensors(weights: Weights, to: str, file: BinaryIO) -> int:
     # A .pth keeps what tensors share and how they lie in memory: each gets a copy of its own.
     plain = {
         key: tensor.clone(memory_format=torch.contiguous_format)
@@ -126,14 +124,15 @@ def _write_tensors(weights: Weights, to: str, path: Path) -> int:
     }
     content = layout(plain, to)
     try:
-        if path.suffix == ".safetensors":
+        if ".safetensors" in Path(file.name).suffixes:
             facts = {"format": "pt", "arch": weights.arch, "role": weights.role}
-            save_file(content, path, metadata=facts)
-            return len(content)
-        torch.save(content, path)
-    except (RuntimeError, SafetensorError) as error:  # their words for a full disk
+            file.write(save(content, metadata=facts))
+        else:
+            torch.save(content, file)
+        file.flush()
+    except RuntimeError as error:  # torch's word for a full disk
         raise OSError(str(error).splitlines()[0]) from error
-    return len(content) if to in ("timm", "dino") else len(next(iter(content.values())))
+    return len(next(iter(content.values())) if to in ("official", "mmpretrain") else content)
 
 
 def _read_again(weights: Weights, path: Path) -> nn.Module:
@@ -178,12 +177,13 @@ def _program(model: nn.Module) -> torch.export.ExportedProgram:
     return torch.export.export(model, (example,), dynamic_shapes=sizes)
 
 
-def _export(model: nn.Module, path: Path) -> nn.Module:
-    torch.export.save(_program(model), path)
-    return torch.export.load(path).module()
+def _export(model: nn.Module, file: BinaryIO) -> nn.Module:
+    torch.export.save(_program(model), file)
+    file.seek(0)
+    return torch.export.load(file).module()
 
 
-def _write_onnx(model: nn.Module, path: Path) -> Callable[[Tensor], Tensor]:
+def _write_onnx(model: nn.Module, file: BinaryIO) -> Callable[[Tensor], Tensor]:
     import onnxruntime
 
     # its optimiser tells at length what it leaves as it is
@@ -191,13 +191,13 @@ def _write_onnx(model: nn.Module, path: Path) -> Callable[[Tensor], Tensor]:
     torch.onnx.export(
         _program(model),
         (),
-        path,
+        file.name,
         input_names=["image"],
         output_names=["logits" if model.num_classes else "features"],
         external_data=False,
         verbose=False,
     )
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(file.name, providers=["CPUExecutionProvider"])
     return lambda x: torch.from_numpy(session.run(None, {"image": x.numpy()})[0])
 
 

@@ -202,7 +202,7 @@ def _read_file(path: Path) -> Contents:
     Raises UserError for a file that is cut or damaged, or holds anything but tensors and plain
     data; argparse.Namespace counts as plain.
     """
-    if path.suffix == ".safetensors":
+    if ".safetensors" in path.suffixes:  # .safetensors.tmp is one that is being written
         try:
             state = load_file(path)
         except (OSError, SafetensorError) as error:

@@ -19,6 +19,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.runtime.files import make_folder, new_file, write_text
 
 FORMAT = 1  # raised when an older reader could misread a newer folder
 KEYS = {"weight", "bias"}
@@ -41,17 +42,10 @@ def save_classifier(folder: Path, classifier: Classifier) -> None:
     content = save(tensors)
     own = {"format": FORMAT, "sha256": hashlib.sha256(content).hexdigest()}
     facts = classifier.facts | own
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, data in (
-            ("linear.safetensors", content),
-            ("linear.json", (json.dumps(facts, indent=1) + "\n").encode()),
-        ):
-            partial = folder / f".{name}.partial"
-            partial.write_bytes(data)
-            partial.replace(folder / name)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}; choose another --out") from error
+    make_folder(folder)
+    with new_file(folder / "linear.safetensors") as file:
+        file.write(content)
+    write_text(folder / "linear.json", json.dumps(facts, indent=1) + "\n")
 
 
 def load_classifier(path: Path) -> Classifier:

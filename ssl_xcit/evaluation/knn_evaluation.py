@@ -10,10 +10,10 @@ from ssl_xcit.data.datasets import check_channels, check_datasets, open_images
 from ssl_xcit.data.loader import rank_share
 from ssl_xcit.data.views import EvalView
 from ssl_xcit.evaluation.cache import (
+    any_file,
     cached_features,
     load_facts,
     load_features,
-    precision_of,
     save_facts,
 )
 from ssl_xcit.evaluation.config import KnnConfig
@@ -29,6 +29,7 @@ from ssl_xcit.evaluation.subject import NO_FACTS, Subject, checkpoint_subject, u
 from ssl_xcit.runtime import distributed
 from ssl_xcit.runtime.distributed import Distributed
 from ssl_xcit.runtime.precision import settled
+from ssl_xcit.training.run_folder import stored_precision
 
 
 def evaluate_knn(config: KnnConfig) -> dict:
@@ -102,7 +103,7 @@ def _extract(
 ) -> tuple[dict[str, Features], dict[str, Features], dict]:
     """Features of each kind of both datasets, and the facts about them."""
     folder = Path(config.save_features) if config.save_features else None
-    config = settled(config, ranks, None if folder is None else precision_of(folder))
+    config = settled(config, ranks, stored_precision(folder and any_file(folder)))
     subject = _subject(config)
     channels = 3 if subject is None else subject.in_chans
     datasets = {name: open_images(getattr(config, name), channels) for name in ("train", "test")}

@@ -69,7 +69,7 @@ def evaluate_linear(config: LinearConfig) -> dict:
 
 def _evaluate(config: LinearConfig, ranks: Distributed) -> dict:
     start = time.perf_counter()
-    config = settled(config, ranks, stored_precision(Path(config.out), config))
+    config = settled(config, ranks, stored_precision(Path(config.out) / "config.yaml"))
     material = _prepare(config, ranks)
     protocols = {"fast": fit_fast, "official": train_official}
     found, classifiers = {}, {}

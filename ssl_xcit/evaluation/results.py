@@ -2,14 +2,13 @@
 
 import importlib.metadata
 import json
-import os
 import platform
 from pathlib import Path
 
 import torch
 
 from ssl_xcit.data.datasets import Images
-from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.runtime.files import write_text
 
 
 def describe_images(images: Images) -> dict:
@@ -44,11 +43,4 @@ def write_result(result: dict, path: str | Path) -> None:
 
     Raises UserError when the disk refuses.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(result, indent=1) + "\n")
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another --out") from error
+    write_text(Path(path), json.dumps(result, indent=1) + "\n")

@@ -8,7 +8,6 @@ images. The interval tells how far a measurement on part of the images can be fr
 import hashlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterable
@@ -37,7 +36,9 @@ from ssl_xcit.evaluation.supervised_tables import (
 from ssl_xcit.runtime import distributed
 from ssl_xcit.runtime.distributed import Distributed
 from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.runtime.files import write_text
 from ssl_xcit.runtime.precision import autocast, settled
+from ssl_xcit.training.run_folder import stored_precision
 
 FILES = {".pth", ".pt", ".bin", ".safetensors"}
 Z95 = 1.959963984540054  # 97.5 % of the normal distribution lie below
@@ -275,7 +276,7 @@ def _evaluate_folder(config: SupervisedConfig, ranks: Distributed) -> dict:
     if not files:
         raise UserError(f"{folder} holds no checkpoint file ({' '.join(sorted(FILES))})")
     images = open_images(config.data)
-    config = settled(config, ranks, _earlier_precision(out))
+    config = settled(config, ranks, stored_precision(out))
     settings = {
         "data": describe_images(images),
         **{key: getattr(config, key) for key in ("preprocess", "precision", "role", "classes")},
@@ -289,7 +290,7 @@ def _evaluate_folder(config: SupervisedConfig, ranks: Distributed) -> dict:
         if ranks.rank == 0:
             print(_progress(entry), flush=True)
             write_result(report | {"files": report["files"] + _left(done, report)}, out)
-            _write_text(results_markdown(report), out.with_suffix(".md"))
+            write_text(out.with_suffix(".md"), results_markdown(report))
     failed = [entry for entry in report["files"] if entry["status"] == "failed"]
     if failed:
         raise UserError(
@@ -332,14 +333,6 @@ def _prepare(path: Path, images: Images, done: dict, config: SupervisedConfig) -
     return _read(config, path, sha256, images)
 
 
-def _earlier_precision(out: Path) -> str | None:
-    """Of an earlier report; None: there is none, or none that `_done_before` would accept."""
-    try:
-        return json.loads(out.read_text())["settings"]["precision"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def _done_before(out: Path, settings: dict) -> dict[str, dict]:
     """Finished entries of an earlier report with the same settings, by file name."""
     if not out.exists():
@@ -372,13 +365,6 @@ def _progress(entry: dict) -> str:
         f"{entry['model']}: top-1 {entry['top1']:.2f} (published {entry['published']['top1']:.2f}, "
         f"{entry['difference']['top1']:+.2f}), top-5 {entry['top5']:.2f}"
     )
-
-
-def _write_text(text: str, path: Path) -> None:
-    """Complete or not at all; `write_result` has met the disk's refusals just before."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def _sha256(path: Path) -> str:
