@@ -2,7 +2,6 @@
 
 import gc
 import hashlib
-import json
 import logging
 import os
 import platform
@@ -217,12 +216,10 @@ def sequence(beton, world, batch, threads, resume_at=None) -> list[str]:
             if number == resume_at:
                 break
         if resume_at is not None:
-            state = json.loads(json.dumps(loader.state_dict()))
-            assert state == {"seed": 11, "epoch": 5, "step": resume_at}
             resumed = MultiCropLoader(
-                beton, RECIPE, batch, rank=rank, world_size=world, num_threads=threads
+                beton, RECIPE, batch, seed=11, rank=rank, world_size=world, num_threads=threads
             )
-            resumed.load_state_dict(state)
+            resumed.set_epoch(5, resume_at)
             for large, small, indices in resumed:
                 place = (number * world + rank) * batch
                 for n in range(batch):
@@ -512,7 +509,7 @@ def test_memory_is_reused_once_a_batch_is_dropped(cuttings):
         for large, small, _ in loader:
             del large, small
     # Two in the making, one with the caller
-    assert len(loader._renderer.buffers) <= 3
+    assert 1 <= len(loader._renderer.memory.free) <= 3
 
 
 def test_waiting_is_accounted_for(cuttings, monkeypatch):

@@ -4,9 +4,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from ssl_xcit.data.views import Interpolation
 from ssl_xcit.models.variants import check_arch
 from ssl_xcit.runtime import options
-from ssl_xcit.runtime.config import Interpolation, check, check_range, over_recipes
+from ssl_xcit.runtime.config import check, check_range, over_recipes
 from ssl_xcit.runtime.errors import UserError
 from ssl_xcit.training.config import Run
 

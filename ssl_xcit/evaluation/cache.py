@@ -22,6 +22,7 @@ from ssl_xcit.data.datasets import Images
 from ssl_xcit.evaluation.features import Extraction, Features
 from ssl_xcit.runtime import distributed
 from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.runtime.files import make_folder, new_file
 
 PART = 65_536  # images: minutes of a GPU, and at 384 float32 each 100 MB
 
@@ -66,15 +67,9 @@ def cached_features(
     return {kind: _joined([part[kind] for part in parts]) for kind in parts[0]}
 
 
-def precision_of(folder: Path) -> str | None:
-    """The precision of the features in `folder`; None if there are none, or they are damaged."""
-    for file in sorted(folder.glob("*-*.safetensors"))[:1]:
-        try:
-            with safe_open(file, "pt") as content:
-                return json.loads(content.metadata()["facts"])["precision"]
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
-            return None
-    return None
+def any_file(folder: Path) -> Path | None:
+    """One of the files of features in `folder`, if there are any."""
+    return min(folder.glob("*-*.safetensors"), default=None)
 
 
 def load_facts(folder: Path) -> dict:
@@ -122,14 +117,12 @@ def _write(file: Path, found: dict[str, Features], facts: dict) -> None:
     tensors = {kind: features.features for kind, features in found.items()}
     one = next(iter(found.values()))
     tensors |= {"labels": one.labels, "indices": one.indices}
-    partial = file.with_name(f".{file.name}.partial")
+    make_folder(file.parent)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, {"facts": json.dumps(facts)})
-        partial.replace(file)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"cannot write {file}: {error}; choose another folder") from error
+        with new_file(file) as opened:
+            save_file(tensors, opened.name, {"facts": json.dumps(facts)})
+    except SafetensorError as error:
+        raise UserError(f"{file}: cannot be written: {error}") from error
 
 
 def _read(file: Path, facts: dict | None) -> dict[str, Features]:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ssl_xcit.checkpoints.zoo import zoo
+from ssl_xcit.data.views import Interpolation
 from ssl_xcit.models.variants import check_arch
-from ssl_xcit.runtime.config import Device, Interpolation, Precision, check, check_range
+from ssl_xcit.runtime.config import Device, Precision, check, check_range
 from ssl_xcit.runtime.errors import UserError
 
 Features = Literal["cls", "patch", "cls+patch", "inputs1", "inputs2"]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ssl_xcit.data.loader import rank_share
 from ssl_xcit.evaluation.accuracy import accuracy
-from ssl_xcit.evaluation.cache import cached_features, load_facts, load_features, precision_of
+from ssl_xcit.evaluation.cache import any_file, cached_features, load_facts, load_features
 from ssl_xcit.evaluation.config import KnnConfig
 from ssl_xcit.evaluation.features import Extraction, Features, require_finite
 from ssl_xcit.evaluation.results import (
@@ -37,6 +37,7 @@ from ssl_xcit.runtime import distributed
 from ssl_xcit.runtime.distributed import Distributed
 from ssl_xcit.runtime.errors import UserError
 from ssl_xcit.runtime.precision import settled
+from ssl_xcit.training.run_folder import stored_precision
 
 GRID_BITS = 31  # similarities are rounded to multiples of 2^-31 = 4.7e-10
 INDEX_MASK = 2**31 - 1  # the largest index of a training image
@@ -241,7 +242,7 @@ def _extract(
 ) -> tuple[dict[str, Features], dict[str, Features], dict]:
     """Features of each kind of both datasets, and the facts about them."""
     folder = Path(config.save_features) if config.save_features else None
-    config = settled(config, ranks, None if folder is None else precision_of(folder))
+    config = settled(config, ranks, stored_precision(folder and any_file(folder)))
     extraction = Extraction(config, ranks, config.batch_size, config.train)
     kinds = ["pixels"] if config.pixels else list(config.features)
     train = extraction.open(config.train)

@@ -65,7 +65,7 @@ def evaluate_linear(config: LinearConfig) -> dict:
 
 def _choose_and_test(config: LinearConfig, ranks: Distributed) -> Result:
     start = time.perf_counter()
-    config = settled(config, ranks, stored_precision(Path(config.out), config))
+    config = settled(config, ranks, stored_precision(Path(config.out) / "config.yaml"))
     material = _prepare(config, ranks)
     protocols = {"fast": fit_fast, "official": train_official}
     found, classifiers = {}, {}

@@ -20,7 +20,7 @@ from torch import Tensor
 from ssl_xcit.checkpoints.read import read_linear_weights
 from ssl_xcit.evaluation.results import write_result
 from ssl_xcit.runtime.errors import UserError
-from ssl_xcit.runtime.files import new_file
+from ssl_xcit.runtime.files import make_folder, new_file
 
 FORMAT = 1  # raised when an older reader could misread a newer folder
 FACTS = {"features", "trained_on", "backbone", "class_names", "transform"}  # what readers rely on
@@ -39,9 +39,10 @@ def save_classifier(folder: Path, classifier: Classifier) -> None:
     parts = {"weight": classifier.weight, "bias": classifier.bias}
     content = save({name: t.detach().float().cpu().contiguous() for name, t in parts.items()})
     own = {"format": FORMAT, "sha256": hashlib.sha256(content).hexdigest()}
-    write_result(classifier.facts | own, folder / "linear.json")
-    with new_file(folder / "linear.safetensors", overwrite=True) as file:
+    make_folder(folder)
+    with new_file(folder / "linear.safetensors") as file:
         file.write(content)
+    write_result(classifier.facts | own, folder / "linear.json")
 
 
 def load_classifier(path: Path) -> Classifier:

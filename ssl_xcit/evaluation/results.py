@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import os
 import platform
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from ssl_xcit.data.datasets import Images
 from ssl_xcit.data.views import EvalView
 from ssl_xcit.runtime import distributed
 from ssl_xcit.runtime.distributed import Distributed
-from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.runtime.files import write_text
 
 
 @dataclass(frozen=True)
@@ -121,11 +120,4 @@ def write_result(result: dict, path: str | Path) -> None:
 
     Raises UserError when the disk refuses.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(result, indent=1) + "\n")
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another --out") from error
+    write_text(Path(path), json.dumps(result, indent=1) + "\n")

@@ -15,8 +15,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from ssl_xcit.checkpoints.read import read_weights
-from ssl_xcit.checkpoints.weights import Weights, build_model
+from ssl_xcit.checkpoints.read import Weights, read
 from ssl_xcit.checkpoints.zoo import ZooModel, by_file_name, by_hash, zoo
 from ssl_xcit.data.datasets import Images, check_channels, evaluation_loader, open_images
 from ssl_xcit.data.views import EvalView
@@ -31,12 +30,11 @@ from ssl_xcit.evaluation.results import (
     run_evaluation,
     write_result,
 )
-from ssl_xcit.evaluation.subject import statistics
 from ssl_xcit.evaluation.supervised_tables import compare_zoo, results_markdown
 from ssl_xcit.runtime import distributed
 from ssl_xcit.runtime.distributed import Distributed
 from ssl_xcit.runtime.errors import UserError
-from ssl_xcit.runtime.files import new_file
+from ssl_xcit.runtime.files import write_text
 from ssl_xcit.runtime.precision import settled
 
 FILES = {".pth", ".pt", ".bin", ".safetensors"}
@@ -124,20 +122,19 @@ def _read(
             "NAME (--list shows them), or for another checkpoint --resolution PIXELS"
         )
     view = evaluation_view(resolution, config.preprocess)
-    weights = read_weights(path, config.role, model.arch if model else "")
-    if weights.info["num_classes"] == 0:
+    weights = read(path, config.role, model.arch if model else "")
+    if weights.num_classes == 0:
         raise UserError(
             f"{path} has no classifier: evaluate a backbone by eval/linear.py or eval/knn.py"
         )
-    if model and weights.info["num_classes"] != 1000:
+    if model and weights.num_classes != 1000:
         raise UserError(
-            f"{path} has {weights.info['num_classes']} classes, {model.name} 1,000: drop --model "
+            f"{path} has {weights.num_classes} classes, {model.name} 1,000: drop --model "
             "and give --resolution"
         )
-    in_chans = weights.state["patch_embed.proj.0.0.weight"].shape[1]
-    images = open_images(config.data, in_chans) if images is None else images
-    check_channels(in_chans, images)
-    order = class_order(images, weights.info["num_classes"], config.classes)
+    images = open_images(config.data, weights.in_chans) if images is None else images
+    check_channels(weights.in_chans, images)
+    order = class_order(images, weights.num_classes, config.classes)
     warnings += [order.warning] if order.warning else []
     return Candidate(weights, model, sha256, resolution, view, images, order, warnings)
 
@@ -174,15 +171,14 @@ def _evaluate(candidate: Candidate, config: SupervisedConfig, ranks: Distributed
     """
     start = time.perf_counter()
     weights, model, view = candidate.weights, candidate.model, candidate.view
-    normalisation = statistics(weights.info, weights.state["patch_embed.proj.0.0.weight"].shape[1])
     loader = evaluation_loader(
         candidate.images, view, config.batch_size, ranks, num_threads=config.num_workers
     )
     hidden = ranks.rank > 0 or not sys.stderr.isatty()
     batches = tqdm(loader, unit="batch", leave=False, disable=hidden)
-    network = build_model(weights).to(ranks.device)
+    network = weights.build().to(ranks.device)
     outputs = candidate.order.outputs
-    hits = count_hits(network, batches, normalisation, ranks, config.precision, outputs)
+    hits = count_hits(network, batches, weights.statistics, ranks, config.precision, outputs)
     if hits.not_finite:
         raise NotFiniteError(
             f"the logits of {hits.not_finite} images are not finite: the weights are damaged"
@@ -200,10 +196,10 @@ def _evaluate(candidate: Candidate, config: SupervisedConfig, ranks: Distributed
     return {
         "model": model.name if model else None,
         "arch": weights.arch,
-        "checkpoint": weights.info["path"],
-        "step": weights.info["step"],
-        "role": weights.info["role"],
-        "format": weights.info["format"],
+        "checkpoint": weights.path,
+        "step": weights.step,
+        "role": weights.role,
+        "format": weights.format,
         "sha256": sha256,
         "published_file": sha256[:8] == model.sha8 if model and sha256 else None,
         **measured,
@@ -214,7 +210,7 @@ def _evaluate(candidate: Candidate, config: SupervisedConfig, ranks: Distributed
         "difference": difference,
         "images": hits.images,
         "resolution": candidate.resolution,
-        "preprocess": {"name": config.preprocess, **describe_view(view, *normalisation)},
+        "preprocess": {"name": config.preprocess, **describe_view(view, *weights.statistics)},
         "precision": config.precision,
         "data": describe_images(candidate.images),
         "classes_checked_by": candidate.order.checked,
@@ -257,8 +253,7 @@ def _evaluate_folder(config: SupervisedConfig, ranks: Distributed) -> Result:
             seen = {entry["file"] for entry in report["files"]}
             left = [entry for name, entry in done.items() if name not in seen]
             write_result(report | {"files": report["files"] + left}, out)
-            with new_file(out.with_suffix(".md"), overwrite=True) as file:
-                file.write(results_markdown(report).encode())
+            write_text(out.with_suffix(".md"), results_markdown(report))
     failed = [entry for entry in report["files"] if entry["status"] == "failed"]
     if failed:
         raise UserError(

@@ -7,8 +7,9 @@ depends on the data; where a default differs, its text says so.
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ssl_xcit.data.views import Interpolation
 from ssl_xcit.models.variants import check_arch
-from ssl_xcit.runtime.config import Interpolation, check, check_range
+from ssl_xcit.runtime.config import check, check_range
 from ssl_xcit.runtime.errors import UserError
 from ssl_xcit.training.config import Run
 

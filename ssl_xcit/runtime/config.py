@@ -10,7 +10,6 @@ The string below a field is its text in --help.
 """
 
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Literal
 
 from ssl_xcit.runtime import options
 from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.runtime.files import write_text
 from ssl_xcit.runtime.options import Config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -53,7 +53,6 @@ RUN_KEYS_THAT_MAY_CHANGE = frozenset(
     }
 )
 
-Interpolation = Literal["bicubic", "bilinear"]
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 
@@ -103,7 +102,7 @@ def load_config(
     given |= flags
     values = over_recipes(cls, files, given)
     if wants_help:
-        options.print_help(cls, values)
+        options.build_parser(cls, tuple(values.items())).print_help()
         raise SystemExit(0)
     return options.build(cls, values)
 
@@ -130,16 +129,8 @@ def read_config(cls: type[Config], path: str | Path) -> Config:
 
 def save_config(config: object, path: str | Path) -> None:
     """Write every setting as YAML that reads back equal, floats to the last bit; atomically."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(
-            "# Every setting of a run. To repeat it: --config THIS_FILE --out ANOTHER_FOLDER\n"
-        )
-        file.write(options.to_yaml(config))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    header = "# Every setting of a run. To repeat it: --config THIS_FILE --out ANOTHER_FOLDER\n"
+    write_text(Path(path), header + options.to_yaml(config))
 
 
 def config_differences(old: object, new: object) -> list[str]:

@@ -69,7 +69,7 @@ class Task(ABC):
 
     def configure(self, config: TaskConfig, ranks: Distributed) -> None:
         """Set config, with the precision that it means here, precision and ranks."""
-        stored = stored_precision(Path(config.out), config)
+        stored = stored_precision(Path(config.out) / "config.yaml")
         self.precision = choose(config.run.precision, ranks, stored)
         run = dataclasses.replace(config.run, precision=self.precision.name)
         self.config, self.ranks = dataclasses.replace(config, run=run), ranks
