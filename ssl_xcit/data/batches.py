@@ -19,11 +19,7 @@ from ssl_xcit.data.views import EvalView, View
 from ssl_xcit.runtime.errors import UserError
 from ssl_xcit.runtime.processor import usable_cores
 
-DTYPES = {
-    torch.uint8: (kernels.UINT8, np.uint8),
-    torch.float32: (kernels.FLOAT32, np.float32),
-    torch.bfloat16: (kernels.BFLOAT16, np.uint16),  # numpy has no bfloat16; torch sees the bits
-}
+DTYPES = {torch.uint8: np.uint8, torch.float32: np.float32}
 FILTERS = {"bicubic": kernels.BICUBIC, "bilinear": kernels.BILINEAR}
 # What a view and the kernels' description of it call alike
 SAME_NAMES = ("flip", "jitter", "grayscale", "blur", "solarize", "one_of")
@@ -80,9 +76,8 @@ class _Renderer:
                 raise UserError(f"the views of a group need one size, got {group}")
         if not any(recipe):
             raise UserError("the recipe has no view")
-        self.beton, self.dtype = beton, dtype
+        self.beton, self.dtype = beton, DTYPES[dtype]
         self.data = np.asarray(beton.data)  # numba knows no memmap
-        self.code, self.numpy_dtype = DTYPES[dtype]
         self.groups = [(len(group), group[0].size if group else 0) for group in recipe]
         self.table = view_table([view for group in recipe for view in group])
         # (x / 255 - mean) / std = x * scale + shift
@@ -97,7 +92,7 @@ class _Renderer:
     def allocate(self, indices: np.ndarray, keys: np.ndarray) -> _Batch:
         """Memory for a batch of these images."""
         n, channels = len(indices), self.beton.channels
-        itemsize = np.dtype(self.numpy_dtype).itemsize
+        itemsize = np.dtype(self.dtype).itemsize
         offsets, places, size = [], [], 0
         for views, side in self.groups:
             places.append(size)
@@ -109,8 +104,8 @@ class _Renderer:
         for (views, side), place in zip(self.groups, places, strict=True):
             shape = (views, n, channels, side, side)
             count = int(np.prod(shape))
-            values = flat[place : place + count * itemsize].view(self.numpy_dtype)
-            tensors.append(torch.from_numpy(values).view(self.dtype).view(shape))
+            values = flat[place : place + count * itemsize].view(self.dtype)
+            tensors.append(torch.from_numpy(values).view(shape))
         status = np.zeros(n, np.uint8)
         counter = np.zeros(1, np.int64)
         return _Batch(indices, keys, status, flat, np.array(offsets), tensors, counter, futures=[])
@@ -123,7 +118,7 @@ class _Renderer:
         kernels.render(
             self.data, beton.pointers, beton.sizes, beton.heights, beton.widths,
             beton.modes, beton.channels, slots, indices, batch.keys, self.table, batch.offsets,
-            self.scale, self.shift, self.code, batch.flat, batch.status, counter,
+            self.scale, self.shift, self.dtype == np.float32, batch.flat, batch.status, counter,
         )  # fmt: skip
 
 

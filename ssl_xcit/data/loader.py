@@ -158,8 +158,8 @@ class MultiCropLoader(_Loader):
         rank, world_size: this process among those that share the training.
         accumulation_steps: micro-batches per optimiser step.
         num_threads: worker threads; 0 = this process's share of the cores.
-        dtype: torch.uint8 (0 to 255), or torch.float32 or bfloat16, normalised.
-        mean, std: per channel, of values in 0 to 1; for the normalised dtypes.
+        dtype: torch.uint8 (0 to 255), or torch.float32, normalised.
+        mean, std: per channel, of values in 0 to 1; for float32.
         prefetch: batches in the making or waiting, at least 1.
         subset: the images to train on, by their places in the file; default all. They come in the
             order of the whole file's epoch, the others left out.

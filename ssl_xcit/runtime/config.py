@@ -23,8 +23,8 @@ from ssl_xcit.runtime.options import Config
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
-# A run folder belongs to one configuration; these may differ when it is continued. The two batch
-# fields are here because what a run fixes is their product with the number of ranks.
+# A run folder belongs to one configuration; these settings may change when the run continues. The
+# two batch fields may, because a run fixes only their product with the number of ranks.
 RUN_KEYS_THAT_MAY_CHANGE = frozenset(
     {
         "out",
@@ -102,7 +102,7 @@ def load_config(
     given |= flags
     values = over_recipes(cls, files, given)
     if wants_help:
-        options.build_parser(cls, tuple(values.items())).print_help()
+        options.build_parser(cls, values.items()).print_help()
         raise SystemExit(0)
     return options.build(cls, values)
 
@@ -114,10 +114,10 @@ def over_recipes(
     recipe: dict[str, options.Value] = {}
     for name in files:
         if "{arch}" in name and "arch" not in given:
-            continue  # without --arch there is --help to show or an error to come, no recipe
+            continue  # no recipe without --arch: --help or an error follows
         path = CONFIGS / name.format_map(given)
         if "{arch}" in name and not path.exists():
-            continue  # the configuration refuses such an architecture
+            continue  # the configuration refuses this architecture
         recipe |= options.read_file(cls, path)
     return recipe | given
 
@@ -134,10 +134,10 @@ def save_config(config: object, path: str | Path) -> None:
 
 
 def config_differences(old: object, new: object) -> list[str]:
-    """What makes `new` another run than `old`: ["optim.lr: 0.0005 -> 0.001", ...].
+    """The settings that make `new` a different run from `old`: ["optim.lr: 0.0005 -> 0.001", ...].
 
-    Leaves RUN_KEYS_THAT_MAY_CHANGE out, and the precision "auto", which is that of the run. Whether
-    the global batch is the same depends on the number of ranks and is the caller's to check.
+    Ignores RUN_KEYS_THAT_MAY_CHANGE, and the precision "auto", which is that of the run. The caller
+    checks the global batch, since it depends on the number of ranks.
     """
     before, after = options.flat(old), options.flat(new)
     same = RUN_KEYS_THAT_MAY_CHANGE | {

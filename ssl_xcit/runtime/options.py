@@ -17,9 +17,9 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import yaml
 
@@ -29,12 +29,7 @@ Config = TypeVar("Config")
 Value = bool | int | float | str | tuple
 
 # DINO's options that have another name here: without it, `out_dim` is nearest to `output_dir`.
-RENAMED = {
-    "data_path": "data",
-    "output_dir": "out",
-    "use_fp16": "precision",
-    "patch_size": "arch",
-}
+RENAMED = {"data_path": "data", "output_dir": "out", "use_fp16": "precision", "patch_size": "arch"}
 # Keys of a DINO args.txt (main_dino.py, run_with_submitit.py) that say where it ran, not what was
 # trained. data_path and output_dir are folders of the authors' cluster: --data and --out are asked
 # for instead.
@@ -49,16 +44,38 @@ BOOLEANS |= dict.fromkeys(("false", "no", "off", "0"), False)
 # Names
 
 
+class Setting(NamedTuple):
+    """One setting of a configuration."""
+
+    kind: object
+    default: Value | None  # None: it is required
+    text: str  # in --help
+    section: str  # the heading above it there
+
+
 @functools.cache
+def _settings(cls: type, section: str = "main") -> dict[str, Setting]:
+    """Dotted name -> setting, in the order of --help."""
+    hints, texts, found = typing.get_type_hints(cls), _documentation(cls), {}
+    for item in dataclasses.fields(cls):
+        kind, name = hints[item.name], item.name
+        if dataclasses.is_dataclass(kind):
+            inner = _settings(kind, f"{inspect.getdoc(kind)} (--{name}.*)")
+            found |= {f"{name}.{leaf}": setting for leaf, setting in inner.items()}
+        else:
+            default = None if item.default is dataclasses.MISSING else item.default
+            found[name] = Setting(kind, default, texts[name], section)
+    return found
+
+
 def leaves(cls: type) -> dict[str, object]:
     """Dotted name -> type of every setting: {"arch": str, "optim.lr": float, ...}"""
-    found = {}
-    for name, hint in typing.get_type_hints(cls).items():
-        if dataclasses.is_dataclass(hint):
-            found |= {f"{name}.{leaf}": kind for leaf, kind in leaves(hint).items()}
-        else:
-            found[name] = hint
-    return found
+    return {name: setting.kind for name, setting in _settings(cls).items()}
+
+
+def required(cls: type) -> list[str]:
+    """Names of the settings without a default."""
+    return [name for name, setting in _settings(cls).items() if setting.default is None]
 
 
 @functools.cache
@@ -108,24 +125,6 @@ def build(cls: type[Config], values: Mapping[str, Value]) -> Config:
             for name, value in nested(values).items()
         }
     )
-
-
-def required(cls: type) -> list[str]:
-    """Names of the settings without a default."""
-    return [name for name in leaves(cls) if name not in _defaults(cls)]
-
-
-@functools.cache
-def _defaults(cls: type) -> dict[str, Value]:
-    """Dotted name -> default of every setting that has one."""
-    values = {}
-    for item in dataclasses.fields(cls):
-        if item.default is not dataclasses.MISSING:
-            values[item.name] = item.default
-        elif item.default_factory is not dataclasses.MISSING:
-            section = flat(item.default_factory())
-            values |= {f"{item.name}.{leaf}": value for leaf, value in section.items()}
-    return values
 
 
 def _resolve(cls: type, spelling: str, where: str) -> str:
@@ -238,12 +237,12 @@ def read_flags(cls: type, argv: Sequence[str]) -> tuple[dict[str, Value], list[P
     return values, paths, wants_help
 
 
-def build_parser(cls: type, values: tuple[tuple[str, Value], ...] = ()) -> argparse.ArgumentParser:
+def build_parser(cls: type, values: Iterable[tuple[str, Value]] = ()) -> argparse.ArgumentParser:
     """The parser of `cls`: an argument for every setting, a group for every section.
 
-    `values` stand in --help in the place of the defaults that they replace. What is parsed has the
-    dotted names of the settings given, their values typed.
+    --help shows `values`, pairs of a dotted name and a value, instead of those settings' defaults.
     """
+    shown = {name: setting.default for name, setting in _settings(cls).items()} | dict(values)
     usage = "".join(f"--{name} {name.upper()} " for name in required(cls))
     dotted = next((name for name in leaves(cls) if "." in name), None)
     flat_names = (
@@ -264,30 +263,27 @@ def build_parser(cls: type, values: tuple[tuple[str, Value], ...] = ()) -> argpa
     )
     parser._negative_number_matcher = re.compile(r"-[.\d]")  # argparse's does not know -1e-3
     parser.add_argument("-h", "--help", action="store_true", help="show this help message and exit")
-    groups = {"": parser.add_argument_group("main")}
-    groups[""].add_argument(
+    groups = {"main": parser.add_argument_group("main")}
+    groups["main"].add_argument(
         "--config",
         metavar="FILE",
         type=Path,
         action="append",
         help="Settings from a file: YAML, a run's config.yaml, or a DINO args.txt.",
     )
-    defaults = dict.fromkeys(required(cls)) | _defaults(cls) | dict(values)
-    for name, kind in leaves(cls).items():
-        section, _, leaf = name.rpartition(".")
-        owner = typing.get_type_hints(cls)[section] if section else cls
+    for name, (kind, _, text, section) in _settings(cls).items():
         if section not in groups:
-            groups[section] = parser.add_argument_group(f"{inspect.getdoc(owner)} (--{section}.*)")
-        shown = "required" if defaults[name] is None else f"default: {as_text(defaults[name])}"
+            groups[section] = parser.add_argument_group(section)
+        value = "required" if shown[name] is None else f"default: {as_text(shown[name])}"
         groups[section].add_argument(
-            *dict.fromkeys((f"--{name}", f"--{leaf}")),
+            *dict.fromkeys((f"--{name}", f"--{_leaf(name)}")),
             dest=name,
             nargs="*" if typing.get_origin(kind) is tuple else "?",
             const="true" if kind is bool else None,
             type=None if typing.get_origin(kind) is tuple else functools.partial(_convert, kind),
             choices=typing.get_args(kind) if typing.get_origin(kind) is Literal else None,
             metavar=_metavar(kind),
-            help=f"{_documentation(owner)[leaf]} [{shown}]".replace("%", "%%"),
+            help=f"{text} [{value}]".replace("%", "%%"),
         )
     return parser
 
