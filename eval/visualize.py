@@ -5,8 +5,7 @@
     python eval/visualize.py xcit_small_12_p8_dino.pth photo.jpg --size 960 --out pictures
 
 Beside each image: its patch tokens' first three principal components as red, green and blue, then
-where each head of the last class-attention layer looks. The work is done by
-ssl_xcit/report/visualize.py.
+where each head of the last class-attention layer looks. The code: ssl_xcit/report/visualize.py.
 """
 
 import sys
