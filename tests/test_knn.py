@@ -31,11 +31,11 @@ from ssl_xcit.dino.probe import Probe
 from ssl_xcit.evaluation import knn
 from ssl_xcit.evaluation.cache import fingerprint, load_features
 from ssl_xcit.evaluation.config import KnnConfig
+from ssl_xcit.evaluation.features import Features
 from ssl_xcit.evaluation.knn import (
     cosine_top_k,
     evaluate_knn,
     find_neighbours,
-    knn_accuracy,
     weighted_vote,
 )
 from ssl_xcit.models.variants import VARIANTS
@@ -45,6 +45,7 @@ from ssl_xcit.runtime.config import save_config
 from ssl_xcit.runtime.errors import UserError
 from ssl_xcit.training.config import Run
 
+CPU = torch.device("cpu")
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -76,6 +77,14 @@ def knn_predictions(train, labels, test, ks, temperature=0.07):
     """{k: classes of each test image, best first}"""
     neighbours = find_neighbours(train, labels, test, ks)
     return {k: neighbours.votes(k, temperature) for k in ks}
+
+
+def knn_accuracy(train, train_labels, test, test_labels, ks, temperature=0.07):
+    """{k: (top-1, top-5) in percent}"""
+    sets = (train, train_labels), (test, test_labels)
+    features = [Features(rows, labels, torch.arange(len(labels))) for rows, labels in sets]
+    rows = knn.knn(*features, ks, (temperature,), distributed.Distributed(0, 1, 0, CPU))
+    return {row["k"]: (row["top1"], row["top5"]) for row in rows}
 
 
 def sklearn_knn(k, temperature, train, labels):

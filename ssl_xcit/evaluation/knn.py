@@ -154,23 +154,6 @@ def find_neighbours(
     return Neighbours(similarities, train_classes[indices], classes)
 
 
-def knn_accuracy(
-    train_features: Real[Tensor, "n d"],
-    train_labels: Int64[Tensor, " n"],
-    test_features: Real[Tensor, "m d"],
-    test_labels: Int64[Tensor, " m"],
-    ks: Sequence[int],
-    temperature: float = 0.07,
-) -> dict[int, tuple[float, float]]:
-    """(top-1, top-5) in percent for each k, from one search.
-
-    Labels may be any integers. A test label that no training image has counts as wrong. Raises
-    UserError as `find_neighbours` does.
-    """
-    neighbours = find_neighbours(train_features, train_labels, test_features, ks)
-    return {k: accuracy(neighbours.votes(k, temperature), test_labels) for k in ks}
-
-
 def knn(
     train: Features,
     test: Features,
@@ -181,7 +164,9 @@ def knn(
     """Accuracy for every temperature and k, from one search that the ranks share.
 
     Returns rows of k, temperature, voters (the training images that vote: fewer than k if there
-    are no more) and top1, top5 in percent, the same on every rank.
+    are no more) and top1, top5 in percent, the same on every rank. Labels may be any integers; a
+    test label that no training image has counts as wrong. Raises UserError as `find_neighbours`
+    does.
     """
     mine = torch.from_numpy(rank_share(test.indices.numpy(), ranks.rank, ranks.world_size))
     parts = (train.features, train.labels, test.features[mine])
