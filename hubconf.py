@@ -22,7 +22,7 @@ def _entry_point(arch: str) -> object:
         role: str = "teacher",
         drop_path_rate: float = 0.0,
     ) -> _XCiT:
-        from ssl_xcit.checkpoints.read import read_weights
+        from ssl_xcit.checkpoints.read import read
         from ssl_xcit.models.xcit import build_xcit
         from ssl_xcit.runtime.errors import UserError
 
@@ -31,21 +31,13 @@ def _entry_point(arch: str) -> object:
         if not pretrained:
             classes = 1000 if num_classes is None else num_classes
             return build_xcit(arch, num_classes=classes, drop_path_rate=drop_path_rate)
-        _, state, info = read_weights(pretrained, role, arch)
-        classes = info["num_classes"] if num_classes is None else num_classes
-        if classes not in (0, info["num_classes"]):
+        weights = read(pretrained, role, arch)
+        if num_classes not in (None, 0, weights.num_classes):
             raise UserError(
-                f"{info['path']} has {info['num_classes'] or 'no'} classes, not {classes}: take "
-                "the backbone by num_classes=0 and put your own classifier into its `head`"
+                f"{weights.path} has {weights.num_classes or 'no'} classes, not {num_classes}: "
+                "take the backbone by num_classes=0 and put your own classifier into its `head`"
             )
-        if classes == 0:
-            state = {key: tensor for key, tensor in state.items() if not key.startswith("head.")}
-        in_chans = state["patch_embed.proj.0.0.weight"].shape[1]
-        model = build_xcit(
-            arch, num_classes=classes, in_chans=in_chans, drop_path_rate=drop_path_rate
-        )
-        model.load_state_dict(state)
-        return model.eval()
+        return weights.build(classifier=num_classes != 0, drop_path_rate=drop_path_rate)
 
     build.__name__ = build.__qualname__ = arch
     build.__doc__ = f"""{arch}, untrained or with the weights in `pretrained`.

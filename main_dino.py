@@ -26,8 +26,9 @@ order in which a run meets it (all in ssl_xcit/):
     checkpoints/folder.py     checkpoints: safetensors and JSON
 """
 
-from ssl_xcit.dino.config import TrainConfig
-from ssl_xcit.runtime.command import run_command
+import sys
+
+from ssl_xcit.__main__ import COMMANDS
 
 if __name__ == "__main__":
-    run_command(TrainConfig, "ssl_xcit.dino.train:train", files=("pretrain/{arch}.yaml",))
+    COMMANDS["pretrain"](sys.argv[1:])

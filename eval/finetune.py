@@ -7,12 +7,12 @@
 
 The same command again continues the run in its folder. Published for XCiT on ImageNet at 224 pixels
 (from scratch, 400 epochs): nano_12_p16 69.98, tiny_12_p16 77.12, small_12_p16 81.98,
-medium_24_p16 82.63. The work is done by ssl_xcit/finetune/train.py, through the engine of
-pretraining.
+medium_24_p16 82.63. The code: ssl_xcit/finetune/train.py, with the engine of pretraining.
 """
 
-from ssl_xcit.finetune.config import FinetuneConfig
-from ssl_xcit.runtime.command import run_command
+import sys
+
+from ssl_xcit.__main__ import COMMANDS
 
 if __name__ == "__main__":
-    run_command(FinetuneConfig, "ssl_xcit.finetune.train:finetune")
+    COMMANDS["finetune"](sys.argv[1:])

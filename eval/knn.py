@@ -5,12 +5,12 @@
     python eval/knn.py --pixels ...                                        the pixels themselves
 
 Published for DINO's XCiT on ImageNet (cls token): small_12_p16 76.0, small_12_p8 77.1,
-medium_24_p16 76.4, medium_24_p8 77.9. The work is done by ssl_xcit/evaluation/:
-knn_evaluation.py, knn.py and features.py.
+medium_24_p16 76.4, medium_24_p8 77.9. The code: ssl_xcit/evaluation/knn.py and features.py.
 """
 
-from ssl_xcit.evaluation.config import KnnConfig
-from ssl_xcit.runtime.command import run_command
+import sys
+
+from ssl_xcit.__main__ import COMMANDS
 
 if __name__ == "__main__":
-    run_command(KnnConfig, "ssl_xcit.evaluation.knn_evaluation:evaluate_knn")
+    COMMANDS["knn"](sys.argv[1:])

@@ -5,12 +5,13 @@
     python eval/linear.py --checkpoint runs/a --test val.beton --evaluate runs/a_lin/official
 
 Published for DINO's XCiT on ImageNet (--features cls, chosen on the test images): small_12_p16
-77.8, small_12_p8 79.2, medium_24_p16 78.8, medium_24_p8 80.3. The work is done by
-ssl_xcit/evaluation/linear_evaluation.py, linear.py and features.py.
+77.8, small_12_p8 79.2, medium_24_p16 78.8, medium_24_p8 80.3. The code: ssl_xcit/evaluation/,
+linear.py, linear_protocols.py and linear_classifiers.py.
 """
 
-from ssl_xcit.evaluation.config import LinearConfig
-from ssl_xcit.runtime.command import run_command
+import sys
+
+from ssl_xcit.__main__ import COMMANDS
 
 if __name__ == "__main__":
-    run_command(LinearConfig, "ssl_xcit.evaluation.linear_evaluation:evaluate_linear")
+    COMMANDS["linear"](sys.argv[1:])

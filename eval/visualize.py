@@ -5,12 +5,12 @@
     python eval/visualize.py xcit_small_12_p8_dino.pth photo.jpg --size 960 --out pictures
 
 Beside each image: its patch tokens' first three principal components as red, green and blue, then
-where each head of the last class-attention layer looks. The work is done by
-ssl_xcit/report/visualize.py.
+where each head of the last class-attention layer looks. The code: ssl_xcit/report/visualize.py.
 """
 
-from ssl_xcit.report.config import VisualizeConfig
-from ssl_xcit.runtime.command import run_command
+import sys
+
+from ssl_xcit.__main__ import COMMANDS
 
 if __name__ == "__main__":
-    run_command(VisualizeConfig, "ssl_xcit.report.visualize:visualize")
+    COMMANDS["visualize"](sys.argv[1:])

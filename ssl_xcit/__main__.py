@@ -71,12 +71,12 @@ GROUPS = {
     "evaluation": {
         "knn": Command(
             "k-NN accuracy of frozen features",
-            "evaluation.knn_evaluation:evaluate_knn",
+            "evaluation.knn:evaluate_knn",
             config="evaluation.config:KnnConfig",
         ),
         "linear": Command(
             "linear probe of frozen features",
-            "evaluation.linear_evaluation:evaluate_linear",
+            "evaluation.linear:evaluate_linear",
             config="evaluation.config:LinearConfig",
         ),
         "supervised": Command(

@@ -12,7 +12,7 @@ from ssl_xcit.dino.config import TrainConfig
 from ssl_xcit.dino.train import train
 from ssl_xcit.evaluation.config import KnnConfig
 from ssl_xcit.evaluation.features import evaluating
-from ssl_xcit.evaluation.knn_evaluation import evaluate_knn
+from ssl_xcit.evaluation.knn import evaluate_knn
 from ssl_xcit.evaluation.subject import Subject, checkpoint_subject
 from ssl_xcit.runtime import options, processor
 from ssl_xcit.runtime.config import load_config

@@ -17,17 +17,14 @@ import forked
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 
+from ssl_xcit.checkpoints.architecture import check_tensors, infer_arch
 from ssl_xcit.checkpoints.folder import load_checkpoint, load_latest, save_checkpoint
 from ssl_xcit.checkpoints.formats import to_mmpretrain, to_timm
-from ssl_xcit.checkpoints.read import (
-    read_backbone,
-    read_dino_model,
-    read_linear_weights,
-    read_weights,
-)
-from ssl_xcit.checkpoints.weights import build_model, check_tensors, infer_arch
+from ssl_xcit.checkpoints.read import read, read_linear_weights
+from ssl_xcit.data.pixels import IMAGENET_MEAN, IMAGENET_STD
 from ssl_xcit.dino.head import DINOHead
 from ssl_xcit.models import xcit
 from ssl_xcit.models.variants import VARIANTS, Variant
@@ -192,11 +189,11 @@ def test_a_run_folder_gives_its_newest_teacher_or_student(tmp_path):
         for role, state in (("student", student), ("teacher", teacher))
     }
     save_checkpoint(tmp_path / "checkpoints", 5, groups, {})
-    arch, state, info = read_backbone(tmp_path)
-    assert (arch, info["step"], info["role"]) == ("xcit_nano_12_p16", 5, "teacher")
-    assert state.keys() == teacher.keys()
-    assert all(torch.equal(state[key], teacher[key]) for key in teacher)
-    assert torch.equal(read_backbone(tmp_path, "student")[1]["cls_token"], student["cls_token"])
+    found = read(tmp_path)
+    assert (found.arch, found.step, found.role) == ("xcit_nano_12_p16", 5, "teacher")
+    assert found.state.keys() == teacher.keys()
+    assert all(torch.equal(found.state[key], teacher[key]) for key in teacher)
+    assert torch.equal(read(tmp_path, "student").state["cls_token"], student["cls_token"])
 
 
 def test_every_architecture_is_recognised_by_its_tensors():
@@ -216,18 +213,22 @@ def test_a_fine_tuned_run_gives_its_averaged_weights_first(tmp_path):
     }
     others = {"optimizer": {"head.weight/exp_avg": torch.zeros(2)}}
     save_checkpoint(tmp_path / "checkpoints", 3, networks | others, {})
-    for asked, found in (("teacher", "model_ema"), ("model", "model"), ("model_ema", "model_ema")):
-        arch, state, info = read_weights(tmp_path, asked)
-        assert (arch, info["role"], info["num_classes"]) == ("xcit_nano_12_p8", found, 7)
-        assert (info["format"], info["step"]) == ("ssl_xcit", 3)
-        assert all(torch.equal(state[key], networks[found][key]) for key in networks[found])
-        assert state.keys() == networks[found].keys()
-    assert "head.weight" not in read_backbone(tmp_path)[1]
+    for asked, role in (
+        *(("", "model_ema"), ("teacher", "model_ema")),
+        *(("model", "model"), ("model_ema", "model_ema")),
+    ):
+        found = read(tmp_path, asked)
+        assert (found.arch, found.role, found.num_classes) == ("xcit_nano_12_p8", role, 7)
+        assert (found.format, found.step) == ("ssl_xcit", 3)
+        assert all(torch.equal(found.state[key], networks[role][key]) for key in networks[role])
+        assert found.state.keys() == networks[role].keys()
+    assert "head.weight" not in found.backbone
+    assert len(found.backbone) == len(found.state) - 2
     del networks["model_ema"]
     save_checkpoint(tmp_path / "checkpoints", 4, networks, {})
-    assert read_weights(tmp_path / "checkpoints" / "step_00000004").info["role"] == "model"
+    assert read(tmp_path / "checkpoints" / "step_00000004").role == "model"
     with pytest.raises(UserError, match="holds model, not model_ema"):
-        read_weights(tmp_path, "model_ema")
+        read(tmp_path, "model_ema")
 
 
 def test_a_run_gives_dinos_head_and_centre_beside_the_backbone(tmp_path):
@@ -237,27 +238,42 @@ def test_a_run_gives_dinos_head_and_centre_beside_the_backbone(tmp_path):
     whole |= {f"head.{key}": tensor for key, tensor in head.items()}
     center = torch.randn(1, 32)
     save_checkpoint(tmp_path / "checkpoints", 9, {"teacher": whole, "loss": {"center": center}}, {})
-    arch, found, found_head, found_center, info = read_dino_model(tmp_path)
-    assert (arch, info["role"], info["step"]) == ("xcit_nano_12_p16", "teacher", 9)
-    assert found.keys() == backbone.keys()
-    assert found_head.keys() == head.keys()
-    assert all(torch.equal(found_head[key], head[key]) for key in head)
-    assert torch.equal(found_center, center)
-    file = tmp_path / "checkpoints" / "step_00000009" / "teacher.safetensors"
-    assert read_dino_model(file)[4]["role"] == "teacher"
-    assert read_dino_model(file)[3] is None
+    found = read(tmp_path)
+    assert (found.arch, found.role, found.step) == ("xcit_nano_12_p16", "teacher", 9)
+    assert found.state.keys() == backbone.keys()
+    assert found.dino_head.keys() == head.keys()
+    assert all(torch.equal(found.dino_head[key], head[key]) for key in head)
+    assert torch.equal(found.center, center)
+    alone = read(tmp_path / "checkpoints" / "step_00000009" / "teacher.safetensors")
+    assert (alone.role, alone.center) == ("teacher", None)
+
+
+def test_statistics_are_the_checkpoints_else_its_runs_else_imagenets(tmp_path):
+    networks = {"model": build_xcit("xcit_nano_12_p16", num_classes=3).state_dict()}
+    own, runs = ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)), ((0.7, 0.6, 0.5), (0.1, 0.2, 0.3))
+    save_checkpoint(tmp_path / "checkpoints", 1, networks, {})
+    assert read(tmp_path).statistics == (IMAGENET_MEAN, IMAGENET_STD)
+    crops = {"crops": {"mean": list(runs[0]), "std": list(runs[1])}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(crops))
+    assert read(tmp_path).statistics == runs
+    assert read(tmp_path / "checkpoints" / "step_00000001").statistics == runs
+    state = {"mean": own[0], "std": own[1]}
+    save_checkpoint(tmp_path / "checkpoints", 2, networks, state)
+    assert read(tmp_path).statistics == own
+    file = tmp_path / "checkpoints" / "step_00000002" / "model.safetensors"
+    assert read(file).statistics == (IMAGENET_MEAN, IMAGENET_STD)
 
 
 def test_a_folder_without_networks_is_refused(tmp_path):
     save_checkpoint(tmp_path / "checkpoints", 1, {"meters": {"loss": torch.ones(1)}}, {})
     with pytest.raises(UserError, match="holds no network but meters"):
-        read_weights(tmp_path)
+        read(tmp_path)
 
 
 @pytest.mark.parametrize("path", ["/nowhere/at/all", "/"])
 def test_what_is_no_checkpoint_is_said_in_one_line(path):
     with pytest.raises(UserError, match=r"no c.*checkpoint"):
-        read_backbone(path)
+        read(path)
     with pytest.raises(UserError, match="no file at"):
         read_linear_weights(path)
 
@@ -282,10 +298,10 @@ def test_logits_of_every_programs_file_are_the_recorded_ones(micro, pattern, for
         save_file(torch.load(SHARED / micro / "timm.pth", weights_only=True), path)
     else:
         (path,) = (SHARED / micro).glob(pattern)
-    weights = read_weights(path)
-    assert (weights.arch, weights.info["format"]) == (micro, format_)
-    assert (weights.info["role"], weights.info["num_classes"]) == ("model", 10)
-    model = build_model(weights)
+    weights = read(path)
+    assert (weights.arch, weights.format) == (micro, format_)
+    assert (weights.role, weights.num_classes) == ("model", 10)
+    model = weights.build()
     records = np.load(SHARED / micro / "io.npz")
     sizes = [name.split("/")[0] for name in records if name.endswith("input_u8")]
     assert len(sizes) == 2
@@ -303,35 +319,32 @@ def test_logits_of_every_programs_file_are_the_recorded_ones(micro, pattern, for
 def test_dinos_file_gives_the_recorded_features_and_prototypes(micro, role):
     records = np.load(SHARED / micro / "dino_io.npz")
     path = SHARED / micro / "dino_full.pth"
-    weights = read_weights(path, role)
-    assert (weights.arch, weights.info["format"]) == (micro, "dino")
-    assert (weights.info["role"], weights.info["num_classes"]) == (role, 0)
+    weights = read(path, role)
+    assert (weights.arch, weights.format) == (micro, "dino")
+    assert (weights.role, weights.num_classes) == (role, 0)
     other = {"teacher": "student", "student": "teacher"}[role]
-    arch, state, head_state, center, _ = read_dino_model(path, role)
-    assert arch == micro
-    assert center.shape == (1, 64)
+    assert weights.center.shape == (1, 64)
     head = DINOHead(24, 64, hidden_dim=32, bottleneck_dim=16)
-    head.load_state_dict(head_state)
+    head.load_state_dict(weights.dino_head)
     with torch.inference_mode():
-        features = build_model(weights)(normalised(records["input_u8"]))
+        features = weights.build()(normalised(records["input_u8"]))
         assert gap(features, records[f"feat_{role}"]) < 5e-6
         assert gap(features, records[f"feat_{other}"]) > 0.1
         assert gap(head(features), records[f"head_{role}"]) < 5e-6
-    assert all(torch.equal(state[key], weights.state[key]) for key in state)
-    assert read_weights(path).info["role"] == "teacher"
+    assert read(path).role == "teacher"
 
 
 @upstream_files
 def test_dinos_backbone_and_linear_weights_give_the_recorded_logits(micro):
     records = np.load(SHARED / micro / "dino_io.npz")
-    weights = read_weights(SHARED / micro / "dino_backbone.pth")
-    assert weights.info["format"] == "dino_backbone"
+    weights = read(SHARED / micro / "dino_backbone.pth")
+    assert weights.format == "dino_backbone"
     weight, bias = read_linear_weights(SHARED / micro / "dino_linear.pth")
     with torch.inference_mode():
-        features = build_model(weights)(normalised(records["input_u8"]))
+        features = weights.build()(normalised(records["input_u8"]))
         assert gap(features, records["feat_teacher"]) < 5e-6
         assert gap(features @ weight.T + bias, records["linear_logits_teacher"]) < 5e-6
-    assert read_dino_model(SHARED / micro / "dino_backbone.pth")[2:4] == (None, None)
+    assert (weights.dino_head, weights.center) == ({}, None)
 
 
 # Bad files
@@ -351,7 +364,7 @@ def test_every_tensor_that_is_missing_or_misshapen_is_named(micro, to, second_bl
         for damaged in (missing, missing | {key: torch.cat((tensor.view(-1), torch.ones(1)))}):
             save_file(damaged, file)
             with pytest.raises(UserError, match=re.escape(official)) as error:
-                read_weights(file)
+                read(file)
             assert str(error.value).startswith(str(file))
 
 
@@ -363,7 +376,7 @@ def test_a_tensor_too_many_is_named(micro, key, tmp_path):
     content["model"][key] = torch.ones(3)
     torch.save(content, tmp_path / "it.pth")
     with pytest.raises(UserError, match=rf"it\.pth is no micro_p.*1 unknown \({key}\)"):
-        read_weights(tmp_path / "it.pth")
+        read(tmp_path / "it.pth")
 
 
 def test_a_tensor_of_integers_for_one_of_reals_is_named(micro):
@@ -382,14 +395,14 @@ def test_half_a_classifier_is_no_classifier(micro):
 
 def test_another_architecture_than_the_one_asked_for_is_refused(micro):
     path = FIXTURES / micro / "official.pth"
-    assert read_weights(path, arch=micro).arch == micro
+    assert read(path, arch=micro).arch == micro
     with pytest.raises(UserError, match=rf"is a {micro}, not a xcit_small_12_p16"):
-        read_weights(path, arch="xcit_small_12_p16")
+        read(path, arch="xcit_small_12_p16")
 
 
 def test_a_network_of_unknown_width_is_refused():
     with pytest.raises(UserError, match=r"no architecture has a cls_token of shape \(1, 1, 24\)"):
-        read_weights(FIXTURES / "micro_p16" / "official.pth")
+        read(FIXTURES / "micro_p16" / "official.pth")
 
 
 @pytest.mark.parametrize("container", ["zip", "legacy", "safetensors"])
@@ -400,13 +413,13 @@ def test_a_file_cut_anywhere_is_refused_in_one_line(micro, container, tmp_path):
         save_file(content["model"], whole)
     else:
         torch.save(content, whole, _use_new_zipfile_serialization=container == "zip")
-    assert read_weights(whole).arch == micro
+    assert read(whole).arch == micro
     data, cut = whole.read_bytes(), whole.with_stem("cut")
     chance = random.Random(0)
     for length in (0, 1, 9, len(data) - 1, *(chance.randrange(len(data)) for _ in range(40))):
         cut.write_bytes(data[:length])
         with pytest.raises(UserError, match=r"cut, damaged or") as error:
-            read_weights(cut)
+            read(cut)
         assert str(cut) in str(error.value)
         assert "weights_only" not in str(error.value)
 
@@ -421,9 +434,7 @@ class Payload:
         return os.system, (f"touch {self.proof}",)
 
 
-@pytest.mark.parametrize(
-    "read", [read_weights, read_backbone, read_dino_model, read_linear_weights]
-)
+@pytest.mark.parametrize("read", [read, read_linear_weights])
 def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, read):
     proof, file = tmp_path / "proof", tmp_path / "evil.pth"
     payload = Payload(proof)
@@ -454,4 +465,4 @@ def test_a_path_in_the_stored_command_line_is_plain_data(tmp_path):
     state = build_xcit("xcit_nano_12_p16").state_dict()
     args = argparse.Namespace(output_dir=Path("/somewhere/42"), arch="xcit")
     torch.save({"model": state, "args": args}, tmp_path / "a.pth")
-    assert read_weights(tmp_path / "a.pth").state.keys() == state.keys()
+    assert read(tmp_path / "a.pth").state.keys() == state.keys()

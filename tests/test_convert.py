@@ -21,7 +21,7 @@ from ssl_xcit.checkpoints import convert as convert_module
 from ssl_xcit.checkpoints.convert import convert, describe, layout, main
 from ssl_xcit.checkpoints.folder import save_checkpoint
 from ssl_xcit.checkpoints.formats import to_timm, unwrap
-from ssl_xcit.checkpoints.weights import identify, read_file
+from ssl_xcit.checkpoints.read import identify, read
 from ssl_xcit.models import xcit
 from ssl_xcit.models.variants import ARCHITECTURES, VARIANTS, Variant
 from ssl_xcit.models.xcit import build_xcit
@@ -189,10 +189,9 @@ def test_weights_in_each_format_give_the_real_timm_model_our_logits(
         if sum(tensor.numel() for tensor in state.values()) < 3e7:  # more would be gigabytes
             save = save_file if name.endswith(".safetensors") else torch.save
             save(content, tmp_path / name)
-            contents = read_file(tmp_path / name)
+            weights = read(tmp_path / name)
         else:
-            contents = unwrap(content, name)
-        weights = identify(contents, Path(name), "teacher", "").weights
+            weights = identify(unwrap(content, name), Path(name))
         assert weights.arch == arch
         again = to_timm(weights.state)
         assert same(again, {key: loaded[key] for key in loaded.keys() & again.keys()})
@@ -418,7 +417,7 @@ def test_what_cannot_be_done_is_said_in_one_line(micro, tmp_path, capsys, monkey
     )
     assert "holds model, not model_ema" in said
     assert "no checkpoint at" in refused(capsys, "info", tmp_path / "nothing")
-    assert "cannot write" in refused(capsys, "convert", source, out / "x.pth", "--to", "dino")
+    assert "cannot be written" in refused(capsys, "convert", source, out / "x.pth", "--to", "dino")
     missing = {"onnxscript"}
     find = importlib.util.find_spec
     monkeypatch.setattr(

@@ -320,7 +320,7 @@ def test_setup_prints_its_decision_and_leaves_torchruns_variables(alone, capsys)
     distributed.setup("cpu")
     port = os.environ["MASTER_PORT"]
     assert capsys.readouterr().out == (
-        f"rank 6 of 7 (submitit), the machine's number 1 of 2, on cpu; rank 0 is at gpu03:{port}\n"
+        f"rank 6 of 7 (submitit), local rank 1 of 2, on cpu; rank 0 is at gpu03:{port}\n"
     )
     assert (os.environ["MASTER_ADDR"], os.environ["LOCAL_WORLD_SIZE"]) == ("gpu03", "2")
 

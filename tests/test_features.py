@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from ssl_xcit.data.pixels import normalise
-from ssl_xcit.evaluation.features import FEATURES, extract_features, extract_pixels
+from ssl_xcit.evaluation.features import extract_features, extract_pixels
 from ssl_xcit.models.xcit import XCiT
 from ssl_xcit.runtime.errors import UserError
 
 CPU = torch.device("cpu")
+FEATURES = ("cls", "patch", "cls+patch", "inputs1", "inputs2")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 

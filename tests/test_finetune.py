@@ -21,14 +21,13 @@ from torchvision import models
 from torchvision.transforms import v2
 
 from ssl_xcit.checkpoints import folder as checkpoint
-from ssl_xcit.checkpoints.read import read_weights
+from ssl_xcit.checkpoints.read import read
 from ssl_xcit.data.loader import EvalLoader
 from ssl_xcit.data.pixels import IMAGENET_MEAN, IMAGENET_STD
-from ssl_xcit.finetune.augment import RandAugment, random_erase
+from ssl_xcit.finetune.augment import Mixing, RandAugment, random_erase
 from ssl_xcit.finetune.average import WeightAverage
 from ssl_xcit.finetune.config import FinetuneConfig
 from ssl_xcit.finetune.distillation import distillation_loss, load_teacher
-from ssl_xcit.finetune.mixing import Mixing
 from ssl_xcit.finetune.train import Finetuning, finetune
 from ssl_xcit.models.xcit import build_xcit
 from ssl_xcit.runtime import distributed, draws
@@ -313,7 +312,7 @@ def test_a_step_is_that_of_the_equations(photos, finished, tmp_path):
     views, indices = views.clone(), indices.clone()
     model = build_xcit("xcit_nano_12_p16", num_classes=2).double()
     model.load_state_dict(run.bare_model.state_dict())
-    _, state, _ = read_weights(finished)
+    state = read(finished).state
     teacher = build_xcit("xcit_nano_12_p16", num_classes=2).double().eval()
     teacher.load_state_dict(state)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -458,10 +457,9 @@ def test_the_result_is_the_averages_accuracy_on_the_test_images(photos, finished
     result = json.loads((finished / "result.json").read_text())
     assert result["weights"] == "moving average"
     for role, prefix in (("model", "test_"), ("model_ema", "test_ema_")):
-        arch, state, info = read_weights(finished, role)
-        assert (arch, info["num_classes"]) == ("xcit_nano_12_p16", 2)
-        network = build_xcit(arch, num_classes=2).eval()
-        network.load_state_dict(state)
+        weights = read(finished, role)
+        assert (weights.arch, weights.num_classes) == ("xcit_nano_12_p16", 2)
+        network = weights.build()
         run = task(photos, finished / "other")
         loader = EvalLoader(run.data, run.test_view, 48, dtype=torch.float32)
         [(images, labels, _)] = list(loader)
@@ -470,8 +468,8 @@ def test_the_result_is_the_averages_accuracy_on_the_test_images(photos, finished
         assert result[f"{prefix}top1"] == pytest.approx(100 * right.double().mean().item())
         assert result[f"{prefix}top5"] == 100.0  # of two classes
     assert result["top1"] == result["test_ema_top1"]
-    _, model, _ = read_weights(finished, "model")
-    _, average, _ = read_weights(finished, "model_ema")
+    model = read(finished, "model").state
+    average = read(finished, "model_ema").state
     assert any(not torch.equal(model[key], average[key]) for key in model)
 
 
@@ -506,7 +504,7 @@ def test_the_test_images_may_be_a_folder(photos, tmp_path):
 
 def test_the_backbone_is_loaded_and_the_classifier_is_new(photos, finished, tmp_path, capsys):
     init = {"init": finished, "from_scratch": "false", "arch": "", "seed": 3}
-    _, state, _ = read_weights(finished)
+    state = read(finished).state
     run = task(photos, tmp_path, **init)
     started = run.bare_model.state_dict()
     for name, tensor in state.items():

@@ -28,11 +28,16 @@ from ssl_xcit.data.loader import EvalLoader, MultiCropLoader
 from ssl_xcit.data.views import EvalView, supervised_views
 from ssl_xcit.data.writer import write_beton
 from ssl_xcit.dino.config import Crops, TrainConfig
-from ssl_xcit.evaluation import linear
-from ssl_xcit.evaluation.classifier import Classifier, load_classifier, save_classifier
+from ssl_xcit.evaluation import linear_classifiers
 from ssl_xcit.evaluation.config import LinearConfig
-from ssl_xcit.evaluation.linear import LinearGrid, LogisticRegression, ranked_classes, split
-from ssl_xcit.evaluation.linear_evaluation import evaluate_linear
+from ssl_xcit.evaluation.linear import evaluate_linear
+from ssl_xcit.evaluation.linear_classifiers import (
+    LinearGrid,
+    LogisticRegression,
+    ranked_classes,
+    split,
+)
+from ssl_xcit.evaluation.linear_file import Classifier, load_classifier, save_classifier
 from ssl_xcit.evaluation.linear_protocols import select
 from ssl_xcit.models.xcit import build_xcit
 from ssl_xcit.runtime import precision
@@ -147,7 +152,7 @@ def test_a_grid_goes_on_from_its_saved_state_bit_for_bit():
 
 @pytest.mark.parametrize(("classes", "top"), [(3, 3), (9, 5)])
 def test_classes_are_ranked_by_their_logits(classes, top, monkeypatch):
-    monkeypatch.setattr(linear, "CHUNK", 4)
+    monkeypatch.setattr(linear_classifiers, "CHUNK", 4)
     generator = torch.Generator().manual_seed(0)
     weight, bias = (torch.randn(classes, *s, generator=generator).double() for s in ((7,), ()))
     features = torch.randn(10, 7, generator=generator)
@@ -180,8 +185,8 @@ def scikit_learn_fit(features, labels, l2):
 def test_a_fit_equals_scikit_learn(digits, l2, kept, monkeypatch):
     features, labels = digits
     _, bias, (scaler, model) = scikit_learn_fit(features, labels, l2)
-    monkeypatch.setattr(linear, "CHUNK", 97)  # the sums are over chunks
-    monkeypatch.setattr(linear, "KEPT", 600 * 64 - (not kept))
+    monkeypatch.setattr(linear_classifiers, "CHUNK", 97)  # the sums are over chunks
+    monkeypatch.setattr(linear_classifiers, "KEPT", 600 * 64 - (not kept))
     # An objective near 1 tells no smaller gradients apart than the root of float64's precision,
     # 1.5e-8: below, it depends on the processor's order of summation whether a search ends well.
     tolerance = 3e-8 if l2 == 1.0 else 1e-8
@@ -317,18 +322,18 @@ def test_dinos_linear_file_is_read_and_no_other(tmp_path):
     assert found.facts == {}
     weight, bias = state.values()
     for content, pattern in (
-        ({"model": state}, "state_dict"),
-        ({"state_dict": {}}, "expected weight and bias, got"),
-        ({"state_dict": {"module.linear.weight": weight}}, "expected weight and bias, got weight"),
-        ({"state_dict": {"fc.weight": weight, "fc.bias": bias}}, "expected weight and bias"),
-        ({"state_dict": {**state, "module.norm.weight": bias}}, "expected weight and bias"),
-        ([weight, bias], "no linear classifier"),
+        ({"networks": state}, "holds no network"),
+        ({"state_dict": {}}, "is no state dict"),
+        ({"state_dict": {"module.linear.weight": weight}}, "expected linear.weight and linear.bia"),
+        ({"state_dict": {"fc.weight": weight, "fc.bias": bias}}, "expected linear.weight"),
+        ({"state_dict": {**state, "module.norm.weight": bias}}, "expected linear.weight"),
+        ([weight, bias], "holds no state dict but a list"),
     ):
         torch.save(content, path)
         with pytest.raises(UserError, match=pattern):
             load_classifier(path)
     path.write_bytes(b"no pickle")
-    with pytest.raises(UserError, match="no linear classifier"):
+    with pytest.raises(UserError, match="cannot be read safely"):
         load_classifier(path)
 
 
@@ -747,7 +752,7 @@ def test_a_classifier_is_refused_where_it_does_not_belong(betons, run, finished,
     for options, message in (
         ({"role": "student"}, "was trained on another network .*teacher of"),
         ({"checkpoint": "", "random_init": True, "arch": ARCH}, "was trained on another network"),
-        ({"resize": 40}, "was trained with --resize 32: repeat it"),
+        ({"resize": 40}, "was trained with --resize 32: give the same"),
         ({"interpolation": "bilinear"}, "was trained with --interpolation bicubic"),
         ({"test": str(few)}, "has other classes than .*different: 7"),
     ):
@@ -777,8 +782,8 @@ def test_dinos_linear_file_is_evaluated_on_the_class_token_and_said_to_be_unchec
     assert "does not say which network it is for" in capsys.readouterr().out
     for other, message in (
         ((weight[:, :-1], bias), "is for 127 features, the network has 128"),
-        ((weight[:-1], bias[:-1]), "tells 9 classes apart, .* has 10"),
-        ((weight, bias[:-1]), "expected a weight"),
+        ((weight[:-1], bias[:-1]), "has 9 classes, .* has 10"),
+        ((weight, bias[:-1]), r"no linear probe: weight \(10, 128\), bias \(9,\)"),
     ):
         save(*other)
         with pytest.raises(UserError, match=message):

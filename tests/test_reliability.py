@@ -481,7 +481,7 @@ def test_a_read_only_folder_is_refused_in_one_line_at_the_start_and_in_the_middl
         assert "Read-only" in line
         status, _, error = finish(start(command(photos, disk / "other")))
         assert status == 2
-        assert re.match(r"error: cannot write the run folder .*Read-only", error)
+        assert re.match(r"error: .*other: cannot be written: Read-only", error)
         assert len(error.splitlines()) == 1
 
 

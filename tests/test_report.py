@@ -30,7 +30,7 @@ from ssl_xcit.dino import train
 from ssl_xcit.dino.config import TrainConfig
 from ssl_xcit.dino.verdict import verdict
 from ssl_xcit.evaluation.config import KnnConfig
-from ssl_xcit.evaluation.knn_evaluation import evaluate_knn
+from ssl_xcit.evaluation.knn import evaluate_knn
 from ssl_xcit.evaluation.subject import checkpoint_subject
 from ssl_xcit.finetune.train import finetune
 from ssl_xcit.report import charts

@@ -17,6 +17,7 @@ import yaml
 from submitit.helpers import DelayedSubmission
 from test_train import flags as tiny_flags
 
+from ssl_xcit.__main__ import COMMANDS
 from ssl_xcit.dino.config import TrainConfig
 from ssl_xcit.evaluation.config import KnnConfig, LinearConfig
 from ssl_xcit.runtime.config import load_config
@@ -279,6 +280,7 @@ def test_an_evaluation_of_a_run_lies_in_its_folder(folder, sbatch):
 @pytest.mark.parametrize("path", sorted((ROOT / "eval").glob("*.py")), ids=lambda path: path.stem)
 def test_every_script_of_eval_can_be_submitted(path, tmp_path):
     script = submission.find_script(path.stem)
+    assert submission.CONFIGURATIONS[path.stem] == COMMANDS[path.stem].config
     helped = run_submit("eval", path.stem, "--help", cwd=tmp_path)
     assert (helped.returncode, helped.stderr) == (0, "")
     assert "--slurm.partition" in helped.stdout

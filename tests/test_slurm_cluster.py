@@ -290,7 +290,7 @@ def test_tasks_on_two_nodes_are_one_run(runs, cluster):
     places = set()
     for task in range(4):
         text = (run.out / f"slurm/{run.job}_{task}_log.out").read_text()
-        place = re.search(r"rank (\d) of 4 \(submitit\), the machine's number (\d) of 2", text)
+        place = re.search(r"rank (\d) of 4 \(submitit\), local rank (\d) of 2", text)
         places.add(place.groups())
         assert re.search(rf"rank 0 is at {re.escape(cluster.names[0])}:\d+", text)
     assert places == {("0", "0"), ("1", "1"), ("2", "0"), ("3", "1")}
@@ -378,7 +378,7 @@ def test_plain_srun_tells_the_ranks_about_each_other(cluster, tmp_path):
         sys.executable, "-c", program, cwd=tmp_path,
     )  # fmt: skip
     assert output.count("sum 6") == 4
-    assert output.count("rank 0 of 4 (SLURM), the machine's number 0 of 2, on cpu") == 1
+    assert output.count("rank 0 of 4 (SLURM), local rank 0 of 2, on cpu") == 1
 
 
 # The cluster itself: whatever happens, nothing is left of it

@@ -30,14 +30,13 @@ from ssl_xcit.checkpoints.zoo import by_file_name, by_hash, zoo
 from ssl_xcit.data.datasets import ImageFolder, evaluation_loader, open_images
 from ssl_xcit.data.writer import write_beton
 from ssl_xcit.evaluation import supervised
+from ssl_xcit.evaluation.accuracy import count_hits, wilson_interval
 from ssl_xcit.evaluation.class_order import IMAGENET_WNIDS, class_order
 from ssl_xcit.evaluation.config import SupervisedConfig
 from ssl_xcit.evaluation.supervised import (
-    count_hits,
     evaluate_supervised,
     evaluation_view,
     identify,
-    wilson_interval,
 )
 from ssl_xcit.models.variants import VARIANTS
 from ssl_xcit.models.xcit import build_xcit
@@ -439,22 +438,16 @@ def test_the_interval_is_wilsons(right, count):
 
 
 def test_hits_are_counted_with_fewer_than_five_classes_and_by_the_classes_order():
-    class Loader:
-        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-
-        def __iter__(self):
-            pixels = torch.tensor([[9, 1, 0], [1, 2, 9], [3, 9, 4]], dtype=torch.uint8)
-            yield pixels[:, :, None, None], torch.tensor([0, 0, 1]), torch.arange(3)
-
-        def __len__(self):
-            return 1
-
+    pixels = torch.tensor([[9, 1, 0], [1, 2, 9], [3, 9, 4]], dtype=torch.uint8)
+    batches = [(pixels[:, :, None, None], torch.tensor([0, 0, 1]), torch.arange(3))]
+    statistics = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     network = torch.nn.Flatten()  # three classes: the channels
     counts = [
-        count_hits(network, Loader(), torch.tensor(order), ALONE, "fp32")
+        count_hits(network, batches, statistics, ALONE, "fp32", torch.tensor(order))
         for order in ([0, 1, 2], [2, 1, 0], [2, 0, 1])
     ]
-    assert counts == [(3, 2, 3), (3, 2, 3), (3, 1, 3)]
+    assert counts == [(3, 2, 3, 0), (3, 2, 3, 0), (3, 1, 3, 0)]
+    assert count_hits(network, batches, statistics, ALONE, "fp32") == counts[0]
 
 
 TWO_RANKS = """
@@ -608,7 +601,7 @@ def test_an_interrupted_folder_goes_on_where_it_was(zoo_folder, beton, tmp_path,
     real, evaluated = supervised._evaluate, []
 
     def watch(candidate, config, ranks):
-        evaluated.append(Path(candidate.weights.info["path"]).name)
+        evaluated.append(Path(candidate.weights.path).name)
         if len(evaluated) == 2:
             raise KeyboardInterrupt
         return real(candidate, config, ranks)

@@ -189,7 +189,7 @@ DECLARED = {
     for text in texts
     if (requirement := Requirement(text)).name != PROJECT["name"]
 }
-UNDECLARED = {"setuptools", "jsonargparse"}  # torch's compiler wants the one, nobody the other
+UNDECLARED = {"setuptools"}  # torch asks for it
 
 
 def pins() -> dict[str, str]:

@@ -8,29 +8,27 @@ export, which has no names to compare, the logits at two resolutions must agree)
 """
 
 import argparse
-import contextlib
+import dataclasses
 import hashlib
 import importlib.util
 import logging
-import os
 import re
 import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from ssl_xcit.checkpoints.formats import CLASSIFIER, StateDict, to_mmpretrain, to_timm
-from ssl_xcit.checkpoints.read import read_linear_weights, read_network, read_weights
-from ssl_xcit.checkpoints.weights import Weights, build_model
+from ssl_xcit.checkpoints.formats import StateDict, to_mmpretrain, to_timm
+from ssl_xcit.checkpoints.read import Weights, read, read_linear_weights
 from ssl_xcit.models.xcit import build_xcit
 from ssl_xcit.runtime.errors import UserError, exit_on_user_error
+from ssl_xcit.runtime.files import make_folder, new_file
 
 # Target -> the endings its file may have.
 TARGETS = {
@@ -69,7 +67,7 @@ def convert(
     arch: str = "",
     overwrite: bool = False,
 ) -> Converted:
-    """Write the network that `ssl_xcit.checkpoints.read.read_weights` finds in `source` as `to`.
+    """Write the network that `ssl_xcit.checkpoints.read.read` finds in `source` as `to`.
 
     `to` is one of `TARGETS`: official `{"model": ...}`; mmpretrain `{"state_dict": ...}`; timm, a
     flat state dict, or .safetensors if `out` ends so; dino, flat without classifier ("backbone
@@ -86,39 +84,26 @@ def convert(
         raise UserError(f"{out} exists: choose another name, or --overwrite it")
     if to == "onnx":
         _require("onnx", "onnxscript", "onnxruntime")
-    original = read_weights(source, role, arch)
-    left_out = tuple(key for key in CLASSIFIER if to == "dino" and key in original.state)
-    weights = Weights(
-        original.arch,
-        {key: tensor for key, tensor in original.state.items() if key not in left_out},
-        original.info | ({"num_classes": 0} if left_out else {}),
-    )
-    model = build_model(weights)
-    temporary = out.with_name(f".writing_{out.name}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+    original = read(source, role, arch)
+    weights = dataclasses.replace(original, state=original.backbone) if to == "dino" else original
+    left_out = tuple(key for key in original.state if key not in weights.state)
+    model = weights.build()
+    make_folder(out.parent)
+    with new_file(out, overwrite) as file:
+        tensors = 0
         if to in EXPORTS:
-            tensors = 0
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # some torch warns of what it does itself there
-                again = _write_onnx(model, temporary) if to == "onnx" else _export(model, temporary)
+                again = (_write_onnx if to == "onnx" else _export)(model, file)
         else:
-            tensors = _write_tensors(weights, to, temporary)
-            again = _read_again(weights, temporary)
+            tensors = _write_tensors(weights, to, file)
+            again = _read_again(weights, Path(file.name))
         difference = _largest_difference(model, again)
         if not difference <= (EXPORT_TOLERANCE if to in EXPORTS else 0):
             raise UserError(
                 f"{source} written as {to} gives outputs that differ by {difference:.1e}: "
                 "nothing was kept of it"
             )
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(out)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {out}: {error}") from error
-    finally:
-        with contextlib.suppress(OSError):  # its folder may be none
-            temporary.unlink(missing_ok=True)
     return Converted(original, out, tensors, left_out, difference)
 
 
@@ -131,27 +116,28 @@ def layout(state: StateDict, to: str) -> dict[str, Tensor] | dict[str, StateDict
     return {"model": state} if to == "official" else state
 
 
-def _write_tensors(weights: Weights, to: str, path: Path) -> int:
+def _write_tensors(weights: Weights, to: str, file: BinaryIO) -> int:
     # A .pth keeps what tensors share and how they lie in memory: each gets a copy of its own.
     plain = {
         key: tensor.clone(memory_format=torch.contiguous_format)
         for key, tensor in weights.state.items()
     }
     content = layout(plain, to)
-    if path.suffix == ".safetensors":
-        facts = {"format": "pt", "arch": weights.arch, "role": weights.info["role"]}
-        save_file(content, path, metadata=facts)
-        return len(content)
     try:
-        torch.save(content, path)
+        if ".safetensors" in Path(file.name).suffixes:
+            facts = {"format": "pt", "arch": weights.arch, "role": weights.role}
+            file.write(save(content, metadata=facts))
+        else:
+            torch.save(content, file)
+        file.flush()
     except RuntimeError as error:  # torch's word for a full disk
         raise OSError(str(error).splitlines()[0]) from error
-    return len(content) if to in ("timm", "dino") else len(next(iter(content.values())))
+    return len(next(iter(content.values())) if to in ("official", "mmpretrain") else content)
 
 
 def _read_again(weights: Weights, path: Path) -> nn.Module:
     """The network in the file just written, after a look at every bit of its tensors."""
-    again = read_weights(path, arch=weights.arch)
+    again = read(path, arch=weights.arch)
     different = [
         key
         for key, tensor in weights.state.items()
@@ -161,7 +147,7 @@ def _read_again(weights: Weights, path: Path) -> nn.Module:
         raise UserError(
             f"{path} was not written well: {', '.join(different[:3])} came back altered"
         )
-    return build_model(again)
+    return again.build()
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
@@ -191,12 +177,13 @@ def _program(model: nn.Module) -> torch.export.ExportedProgram:
     return torch.export.export(model, (example,), dynamic_shapes=sizes)
 
 
-def _export(model: nn.Module, path: Path) -> nn.Module:
-    torch.export.save(_program(model), path)
-    return torch.export.load(path).module()
+def _export(model: nn.Module, file: BinaryIO) -> nn.Module:
+    torch.export.save(_program(model), file)
+    file.seek(0)
+    return torch.export.load(file).module()
 
 
-def _write_onnx(model: nn.Module, path: Path) -> Callable[[Tensor], Tensor]:
+def _write_onnx(model: nn.Module, file: BinaryIO) -> Callable[[Tensor], Tensor]:
     import onnxruntime
 
     # its optimiser tells at length what it leaves as it is
@@ -204,13 +191,13 @@ def _write_onnx(model: nn.Module, path: Path) -> Callable[[Tensor], Tensor]:
     torch.onnx.export(
         _program(model),
         (),
-        path,
+        file.name,
         input_names=["image"],
         output_names=["logits" if model.num_classes else "features"],
         external_data=False,
         verbose=False,
     )
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(file.name, providers=["CPUExecutionProvider"])
     return lambda x: torch.from_numpy(session.run(None, {"image": x.numpy()})[0])
 
 
@@ -227,7 +214,7 @@ def describe(path: Path | str, role: str = "teacher") -> dict[str, str]:
     """Format, architecture, role, tensors and checksum of whatever can be read, as text."""
     path = Path(path)
     try:
-        read = read_network(path, role)
+        weights = read(path, role)
     except UserError:
         try:
             weight, _ = read_linear_weights(path)
@@ -240,26 +227,26 @@ def describe(path: Path | str, role: str = "teacher") -> dict[str, str]:
             "linear": f"{weight.shape[0]} classes of {weight.shape[1]} features",
             "sha256": _checksum(path),
         }
-    arch, _, info = read.weights
-    classes = info["num_classes"]
+    classes = weights.num_classes
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in build_xcit(arch, num_classes=classes).parameters())
-    others = [other for other in info["roles"] if other != info["role"]]
+        model = build_xcit(weights.arch, num_classes=classes)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    others = [other for other in weights.roles if other != weights.role]
     facts = {
-        "format": f"{info['format']} ({_container(path)})",
-        "architecture": f"{arch}, {parameters / 1e6:.2f} million parameters",
+        "format": f"{weights.format} ({_container(path)})",
+        "architecture": f"{weights.arch}, {parameters / 1e6:.2f} million parameters",
         "classifier": f"{classes} classes" if classes else "none",
-        "role": info["role"] + (f" (there is also: {', '.join(others)})" if others else ""),
-        "tensors": str(info["tensors"]),
+        "role": weights.role + (f" (there is also: {', '.join(others)})" if others else ""),
+        "tensors": str(weights.tensors),
     }
-    if info["step"] is not None:
-        facts["step"] = str(info["step"])
-    if read.dino_head:
-        prototypes = len(read.dino_head.get("last_layer.weight_v", ()))
-        facts["DINO head"] = f"{len(read.dino_head)} tensors, {prototypes} prototypes"
-    if info["ignored"]:
-        facts["ignored"] = ", ".join(info["ignored"])
-    file = path if path.is_file() else Path(info["path"]) / f"{info['role']}.safetensors"
+    if weights.step is not None:
+        facts["step"] = str(weights.step)
+    if weights.dino_head:
+        prototypes = len(weights.dino_head.get("last_layer.weight_v", ()))
+        facts["DINO head"] = f"{len(weights.dino_head)} tensors, {prototypes} prototypes"
+    if weights.ignored:
+        facts["ignored"] = ", ".join(weights.ignored)
+    file = path if path.is_file() else Path(weights.path) / f"{weights.role}.safetensors"
     return facts | {"sha256": _checksum(file)}
 
 
@@ -286,7 +273,7 @@ def _checksum(path: Path) -> str:
 
 def timm_call(converted: Converted) -> str:
     """The Python expression by which timm loads a converted file, all of it, strictly."""
-    classes = converted.weights.info["num_classes"]
+    classes = converted.weights.num_classes
     # timm drops a classifier without a word unless the overlay states its size too
     return (
         f"timm.create_model('{converted.weights.arch}_224', pretrained=True, num_classes={classes},"
@@ -298,17 +285,17 @@ def _convert_command(args: argparse.Namespace) -> None:
     done = convert(
         args.source, args.out, args.to, role=args.role, arch=args.arch, overwrite=args.overwrite
     )
-    arch, _, info = done.weights
-    classes = f"{info['num_classes']} classes" if info["num_classes"] else "no classifier"
-    print(f"{info['path']}: {info['format']}, {arch}, {info['role']}, {classes}")
-    if info["ignored"]:
-        print(f"  not converted, being its training's: {', '.join(info['ignored'])}")
+    found = done.weights
+    classes = f"{found.num_classes} classes" if found.num_classes else "no classifier"
+    print(f"{found.path}: {found.format}, {found.arch}, {found.role}, {classes}")
+    if found.ignored:
+        print(f"  not converted, being its training's: {', '.join(found.ignored)}")
     if done.left_out:
         print(f"  left out, having no place in {args.to}: {', '.join(done.left_out)}")
     size, count = done.path.stat().st_size / 1e6, f"{done.tensors} tensors"
     what = "a graph" if args.to in EXPORTS else f"{count}, all read back bit for bit"
     print(f"{done.path}: {args.to}, {size:.1f} MB, {what}, sha256 {_checksum(done.path)}")
-    output = "logit" if info["num_classes"] and not done.left_out else "feature"
+    output = "logit" if found.num_classes and not done.left_out else "feature"
     shapes = " and ".join(f"{count} x {height} x {width}" for count, height, width in SHAPES)
     print(f"  largest {output} difference {done.difference:.1e} (images: {shapes})")
     if args.to == "timm":

@@ -5,9 +5,9 @@
     timm         `pos_embed.` instead of `pos_embeder.`; class attention has q, k, v one by one
     mmpretrain   `backbone.`, OpenMMLab's names for the layers, q, k, v one by one, `head.fc.`
 
-Functions of dictionaries of tensors; `ssl_xcit.checkpoints.folder` reads the files and
+Functions of dictionaries of tensors; `ssl_xcit.checkpoints.read` reads the files and
 `ssl_xcit.checkpoints.convert` writes them. A tensor that no rule knows keeps its name, for
-`ssl_xcit.checkpoints.weights.check_tensors` to find: nothing is dropped on the way.
+`ssl_xcit.checkpoints.architecture.check_tensors` to find: nothing is dropped on the way.
 """
 
 import re
@@ -20,6 +20,7 @@ from torch import Tensor
 from ssl_xcit.runtime.errors import UserError
 
 StateDict = dict[str, Tensor]
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 CLASSIFIER = ("head.weight", "head.bias")
 
@@ -63,6 +64,8 @@ class Contents(NamedTuple):
     center: Tensor | None  # DINO's
     ignored: list[str]  # entries known to be of no use here
     ours: bool = False  # written by this project
+    step: int | None = None  # of a checkpoint
+    statistics: Statistics | None = None  # mean and standard deviation of the images
 
 
 class Named(NamedTuple):
@@ -138,14 +141,15 @@ def _holds_tensors(value: object) -> bool:
 
 
 def choose(contents: Contents, role: str, path: object) -> str:
-    """The role to read when `role` is asked for.
+    """The role to read when `role` is asked for; "" asks for the first.
 
-    "teacher" and "student" are names of a self-distilled pair: a file with a network of another
-    kind gives its first one for either.
+    "teacher" and "student" name a self-distilled pair: a file of other networks gives its first one
+    for either.
     """
     if role in contents.networks:
         return role
-    if role in ("teacher", "student") and not {"teacher", "student"} & contents.networks.keys():
+    pair = {"teacher", "student"}
+    if not role or (role in pair and not pair & contents.networks.keys()):
         return next(iter(contents.networks))
     raise UserError(f"{path} holds {' and '.join(contents.networks)}, not {role}")
 

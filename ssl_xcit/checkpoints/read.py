@@ -1,71 +1,154 @@
-"""One door for weights: whatever a file or folder holds."""
+"""The one door for weights: `read` gives the network in any file or folder, checked in full.
 
-from pathlib import Path
+Nothing that is read can run code.
+"""
 
+import argparse
+import re
+from dataclasses import dataclass
+from pathlib import Path, PosixPath
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from ssl_xcit.checkpoints.folder import load_checkpoint, load_latest
-from ssl_xcit.checkpoints.formats import CLASSIFIER, Contents, StateDict, listing
-from ssl_xcit.checkpoints.weights import ROLES, Read, Weights, identify, read_file
+from ssl_xcit.checkpoints.architecture import check_tensors, infer_arch
+from ssl_xcit.checkpoints.folder import Checkpoint, load_checkpoint, load_latest
+from ssl_xcit.checkpoints.formats import (
+    CLASSIFIER,
+    Contents,
+    StateDict,
+    Statistics,
+    choose,
+    listing,
+    to_official,
+    unwrap,
+)
+from ssl_xcit.data.pixels import imagenet_statistics
+from ssl_xcit.models.xcit import XCiT, build_xcit
 from ssl_xcit.runtime.errors import UserError
 
+# The networks of our checkpoint folders, by the names of their files. The first one that is there
+# is read when nothing is asked for.
+ROLES = ("teacher", "student", "model_ema", "model")
 
-def read_weights(path: Path | str, role: str = "teacher", arch: str = "") -> Weights:
+
+@dataclass(frozen=True)
+class Weights:
+    """An XCiT from a file: all its tensors, and what else the file says of it."""
+
+    arch: str
+    state: StateDict
+    """Under the official names, as stored; head.weight and head.bias if there is a classifier."""
+    dino_head: StateDict
+    """Under the names of `ssl_xcit.dino.head.DINOHead`; empty without one."""
+    center: Tensor | None
+    """DINO's."""
+    statistics: Statistics
+    """Mean and standard deviation of its images, per channel: its run's, else ImageNet's."""
+    path: str
+    """The file, or the checkpoint folder within a run."""
+    step: int | None
+    """Optimiser steps of a checkpoint; None for a file."""
+    role: str
+    """teacher, student, model, model_ema, or backbone (a state dict without classifier)."""
+    roles: list[str]
+    """All that there are."""
+    format: str
+    """official, dino, dino_backbone, timm, mmpretrain, or ssl_xcit."""
+    tensors: int
+    """Of this network in the file, a projection head included."""
+    ignored: list[str]
+    """Entries of the file that only its training needs."""
+
+    @property
+    def num_classes(self) -> int:
+        """Of the classifier; 0 without one."""
+        return len(self.state.get("head.weight", ()))
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of its images."""
+        return self.state["patch_embed.proj.0.0.weight"].shape[1]
+
+    @property
+    def backbone(self) -> StateDict:
+        """`state` without the classifier."""
+        return {key: tensor for key, tensor in self.state.items() if key not in CLASSIFIER}
+
+    def build(self, *, classifier: bool = True, drop_path_rate: float = 0.0) -> XCiT:
+        """The network, in evaluation mode and float32 on the CPU."""
+        state = self.state if classifier else self.backbone
+        num_classes = self.num_classes if classifier else 0
+        options = {"in_chans": self.in_chans, "drop_path_rate": drop_path_rate}
+        with torch.device("meta"):  # initial values would take longer than reading a file
+            model = build_xcit(self.arch, num_classes=num_classes, **options)
+        # Copies: in a file tensors lie anywhere, and sums of unaligned ones are rounded otherwise.
+        state = {
+            key: tensor.to(
+                torch.float32 if tensor.is_floating_point() else tensor.dtype,
+                copy=True,
+                memory_format=torch.contiguous_format,
+            )
+            for key, tensor in state.items()
+        }
+        model.load_state_dict(state, assign=True)
+        return model.eval()
+
+
+def read(path: Path | str, role: str = "", arch: str = "") -> Weights:
     """The network in any supported file or folder, its tensors checked one by one.
 
     `path` is a run folder (its newest complete checkpoint), a checkpoint folder, or a file in any
     format of `ssl_xcit.checkpoints.formats`: .safetensors, or .pth in torch's present or former
     container.
-    `role` matters where there are several networks: "teacher" or "student", "model" or
-    "model_ema"; a file without teacher and student gives its only or its first network for these
-    two. `arch`, if given, must be what the file holds; otherwise its tensors tell.
 
-    info: path, step (None for a file), role, format ("official", "dino", "dino_backbone", "timm",
-    "mmpretrain", or "ssl_xcit"), num_classes (0: no classifier), tensors (of this network in the
-    file, a projection head included), roles (all there are), ignored (entries of the file that
-    belong to its training).
+    `role` chooses among several networks: "teacher" or "student", "model" or "model_ema"; "" takes
+    the first. A file without teacher and student gives its first network for these two. `arch`, if
+    given, must be what the file holds.
 
-    Raises UserError for whatever is not an XCiT to the last tensor. Runs no code of the file.
+    Raises UserError for whatever is not an XCiT to the last tensor.
     """
-    return read_network(path, role, arch).weights
-
-
-def read_network(path: Path | str, role: str = "teacher", arch: str = "") -> Read:
-    """What `read_weights` reads, and the projection head and centre that DINO keeps beside it."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"no checkpoint at {path}: expected a run folder, a checkpoint or a file")
     if path.is_file():
-        return identify(read_file(path), path, role, arch)
-    path, step, contents = _read_folder(path)
-    return identify(contents, path, role, arch, step)
+        return identify(_read_file(path), path, role, arch)
+    checkpoint = _read_folder(path)
+    return identify(_contents(checkpoint), checkpoint.path, role, arch)
 
 
-def read_backbone(
-    path: Path | str, role: str = "teacher", arch: str = ""
-) -> tuple[str, StateDict, dict]:
-    """(architecture, state dict without classifier, info) of what `read_weights` reads."""
-    arch, state, info = read_weights(path, role, arch)
-    return arch, _without_classifier(state), info
-
-
-def read_dino_model(
-    path: Path | str, role: str = "teacher"
-) -> tuple[str, StateDict, StateDict | None, Tensor | None, dict]:
-    """(architecture, backbone, projection head, centre, info): what DINO training starts from.
-
-    The head has the names of `ssl_xcit.dino.head.DINOHead`. Head and centre are None without one,
-    as in a backbone or a supervised model (whose classifier is left out: info's num_classes).
-    """
-    weights, head, center = read_network(path, role)
-    return weights.arch, _without_classifier(weights.state), head or None, center, weights.info
+def identify(contents: Contents, path: Path, role: str = "", arch: str = "") -> Weights:
+    """The network of `role` in `contents`, as `read` returns it; messages name `path`."""
+    role = choose(contents, role, path)
+    named = to_official(contents.networks[role], path)
+    inferred = infer_arch(named.state, path)
+    if arch not in ("", inferred):
+        raise UserError(f"{path} is a {inferred}, not a {arch}: name the other one, or none")
+    check_tensors(named.state, inferred, path)
+    in_chans = named.state["patch_embed.proj.0.0.weight"].shape[1]
+    return Weights(
+        arch=inferred,
+        state=named.state,
+        dino_head=named.dino_head,
+        center=contents.center,
+        statistics=contents.statistics or imagenet_statistics(in_chans),
+        path=str(path),
+        step=contents.step,
+        role=role,
+        roles=list(contents.networks),
+        format="ssl_xcit" if contents.ours and not named.foreign else named.format,
+        tensors=len(contents.networks[role]),
+        ignored=contents.ignored,
+    )
 
 
 def read_linear_weights(path: Path | str) -> tuple[Tensor, Tensor]:
     """(weight (classes, features), bias (classes)) of a DINO linear probe's file."""
     if not Path(path).is_file():
         raise UserError(f"no file at {path}: expected the linear weights of DINO")
-    state = next(iter(read_file(Path(path)).networks.values()))
+    state = next(iter(_read_file(Path(path)).networks.values()))
     state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
     if state.keys() != {"linear.weight", "linear.bias"}:
         raise UserError(
@@ -80,22 +163,69 @@ def read_linear_weights(path: Path | str) -> tuple[Tensor, Tensor]:
     return weight, bias
 
 
-def _read_folder(path: Path) -> tuple[Path, int, Contents]:
-    """A checkpoint folder of ours, or a run folder's newest: its path, its step and networks."""
+# Folders
+
+
+def _read_folder(path: Path) -> Checkpoint:
+    """A checkpoint folder, or the newest one of a run folder."""
     if (path / "manifest.json").exists():
-        checkpoint = load_checkpoint(path)
-    else:
-        checkpoint, skipped = load_latest(path / "checkpoints")
-        if checkpoint is None:
-            why = "; ".join(skipped) or f"no {path / 'checkpoints'}/step_* in it"
-            raise UserError(f"{path} holds no complete checkpoint: {why}")
-    groups = checkpoint.tensors
+        return load_checkpoint(path)
+    checkpoint, skipped = load_latest(path / "checkpoints")
+    if checkpoint is None:
+        why = "; ".join(skipped) or f"no {path / 'checkpoints'}/step_* in it"
+        raise UserError(f"{path} holds no complete checkpoint: {why}")
+    return checkpoint
+
+
+def _contents(checkpoint: Checkpoint) -> Contents:
+    groups, state = checkpoint.tensors, checkpoint.state
     networks = {role: groups[role] for role in ROLES if role in groups}
     if not networks:
         raise UserError(f"{checkpoint.path} holds no network but {listing(groups)}")
-    contents = Contents(networks, groups.get("loss", {}).get("center"), [], ours=True)
-    return checkpoint.path, checkpoint.state["step"], contents
+    # Fine-tuning stores mean and std in the checkpoint; those of pretraining are in config.yaml.
+    described, images = checkpoint.path.absolute().parent.parent / "config.yaml", state
+    if "mean" not in state and described.exists():
+        from ssl_xcit.runtime.options import read_tree  # torch.hub need not have PyYAML
+
+        images = read_tree(described).get("crops", {})
+    statistics = (tuple(images["mean"]), tuple(images["std"])) if "mean" in images else None
+    center = groups.get("loss", {}).get("center")
+    return Contents(networks, center, [], True, state["step"], statistics)
 
 
-def _without_classifier(state: StateDict) -> StateDict:
-    return {key: tensor for key, tensor in state.items() if key not in CLASSIFIER}
+# Files
+
+
+def _read_file(path: Path) -> Contents:
+    """The networks of a .safetensors, or of a .pth in torch's present or former container.
+
+    Raises UserError for a file that is cut or damaged, or holds anything but tensors and plain
+    data; argparse.Namespace counts as plain.
+    """
+    if ".safetensors" in path.suffixes:  # .safetensors.tmp is one that is being written
+        try:
+            state = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} is cut, damaged or no .safetensors: {error}") from error
+        contents = unwrap(state, path)
+        role = path.stem if path.stem in ROLES else next(iter(contents.networks))
+        return contents._replace(networks={role: state}, ours=True)
+    try:
+        # DINO's full checkpoints carry their command line as an argparse.Namespace, with a Path in
+        # it if submitit started them: plain data.
+        with torch.serialization.safe_globals([argparse.Namespace, PosixPath]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for foreign, cut or unsafe files
+        raise UserError(f"{path} cannot be read safely as a checkpoint: {_why(error)}") from error
+    return unwrap(content, path)
+
+
+def _why(error: Exception) -> str:
+    """The cause in torch's words, without its advice to load the file unsafely."""
+    text = str(error)
+    if found := re.search(r"GLOBAL (\S+)", text):
+        return f"it wants to use {found[1]}, which could run code; none of it was run"
+    reason = text.strip().split(". ")[0].split("\n")[0] or type(error).__name__
+    if "Weights only load failed" in reason:
+        reason = "its pickle is broken, or not only of tensors and plain data"
+    return f"it is cut, damaged or of another kind ({reason})"

@@ -1,7 +1,6 @@
 """Batches in the making: worker threads render views into shared buffers."""
 
 import os
-import sys
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -20,11 +19,7 @@ from ssl_xcit.data.views import EvalView, View
 from ssl_xcit.runtime.errors import UserError
 from ssl_xcit.runtime.processor import usable_cores
 
-DTYPES = {
-    torch.uint8: (kernels.UINT8, np.uint8),
-    torch.float32: (kernels.FLOAT32, np.float32),
-    torch.bfloat16: (kernels.BFLOAT16, np.uint16),  # numpy has no bfloat16; torch sees the bits
-}
+DTYPES = {torch.uint8: np.uint8, torch.float32: np.float32}
 FILTERS = {"bicubic": kernels.BICUBIC, "bilinear": kernels.BILINEAR}
 # What a view and the kernels' description of it call alike
 SAME_NAMES = ("flip", "jitter", "grayscale", "blur", "solarize", "one_of")
@@ -81,9 +76,8 @@ class _Renderer:
                 raise UserError(f"the views of a group need one size, got {group}")
         if not any(recipe):
             raise UserError("the recipe has no view")
-        self.beton, self.dtype = beton, dtype
+        self.beton, self.dtype = beton, DTYPES[dtype]
         self.data = np.asarray(beton.data)  # numba knows no memmap
-        self.code, self.numpy_dtype = DTYPES[dtype]
         self.groups = [(len(group), group[0].size if group else 0) for group in recipe]
         self.table = view_table([view for group in recipe for view in group])
         # (x / 255 - mean) / std = x * scale + shift
@@ -93,25 +87,25 @@ class _Renderer:
             self.scale = (1 / (255 * np.asarray(std, np.float64))).astype(np.float32)
             self.shift = (-np.asarray(mean) / np.asarray(std, np.float64)).astype(np.float32)
         self.num_threads = num_threads or default_threads()
-        self.buffers = _Buffers()
+        self.memory = _Memory()
 
     def allocate(self, indices: np.ndarray, keys: np.ndarray) -> _Batch:
         """Memory for a batch of these images."""
         n, channels = len(indices), self.beton.channels
-        itemsize = np.dtype(self.numpy_dtype).itemsize
+        itemsize = np.dtype(self.dtype).itemsize
         offsets, places, size = [], [], 0
         for views, side in self.groups:
             places.append(size)
             view_bytes = n * channels * side * side * itemsize
             offsets += [size + view * view_bytes for view in range(views)]
             size += -(-views * view_bytes // 64) * 64  # groups begin at cache lines
-        flat = self.buffers.take(size)
+        flat = self.memory.take(size)
         tensors = []
         for (views, side), place in zip(self.groups, places, strict=True):
             shape = (views, n, channels, side, side)
             count = int(np.prod(shape))
-            values = flat[place : place + count * itemsize].view(self.numpy_dtype)
-            tensors.append(torch.from_numpy(values).view(self.dtype).view(shape))
+            values = flat[place : place + count * itemsize].view(self.dtype)
+            tensors.append(torch.from_numpy(values).view(shape))
         status = np.zeros(n, np.uint8)
         counter = np.zeros(1, np.int64)
         return _Batch(indices, keys, status, flat, np.array(offsets), tensors, counter, futures=[])
@@ -124,7 +118,7 @@ class _Renderer:
         kernels.render(
             self.data, beton.pointers, beton.sizes, beton.heights, beton.widths,
             beton.modes, beton.channels, slots, indices, batch.keys, self.table, batch.offsets,
-            self.scale, self.shift, self.code, batch.flat, batch.status, counter,
+            self.scale, self.shift, self.dtype == np.float32, batch.flat, batch.status, counter,
         )  # fmt: skip
 
 
@@ -185,31 +179,29 @@ def _stop(pool: ThreadPoolExecutor, pending: deque[_Batch]) -> None:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-class _Buffers:
-    """Memory for batches, reused when nothing refers to it any more.
+class _Memory:
+    """Memory for batches, used again when no tensor refers to it any more.
 
-    Fresh memory would cost its page faults in every batch. torch keeps the numpy array behind a
-    tensor alive, so the array's reference count tells whether any tensor, or tensor made from it
-    by indexing, is left. Pinned memory is torch's own affair: it also waits for the copies to the
-    GPU that are still under way.
+    Fresh memory would cost its page faults in every batch. A batch borrows its memory through an
+    array of its own, which every tensor of the batch, or made from one by indexing, keeps alive;
+    when the last one goes, the memory comes back. Pinned memory is torch's own affair: it also
+    waits for the copies to the GPU that are still under way.
     """
 
     def __init__(self) -> None:
-        self._arrays: list[np.ndarray] = []
-
-    def __len__(self) -> int:
-        return len(self._arrays)
+        self.free: list[np.ndarray] = []
 
     def take(self, size: int) -> np.ndarray:
         """`size` bytes, not initialised."""
         if torch.cuda.is_available():
             return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
-        for array in self._arrays:
-            # The list, this loop, getrefcount's own argument
-            if array.size >= size and sys.getrefcount(array) == 3:
-                return array[:size]
-        self._arrays.append(np.empty(size, np.uint8))
-        return self._arrays[-1][:size]
+        memory = self.free.pop() if self.free else np.empty(size, np.uint8)
+        if memory.size < size:
+            memory = np.empty(size, np.uint8)
+        # By way of a memoryview: numpy lets views of a slice refer to the whole, not to the slice
+        borrowed = np.asarray(memoryview(memory)[:size])
+        weakref.finalize(borrowed, self.free.append, memory).atexit = False
+        return borrowed
 
 
 def view_table(views: Sequence[View | EvalView]) -> np.ndarray:

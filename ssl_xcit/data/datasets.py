@@ -20,7 +20,7 @@ from torch import Tensor
 from ssl_xcit.data.batches import default_threads
 from ssl_xcit.data.beton import Beton
 from ssl_xcit.data.images import open_source
-from ssl_xcit.data.loader import EvalLoader, labels_at, rank_share
+from ssl_xcit.data.loader import EvalLoader, labels_at, parts_of, rank_share
 from ssl_xcit.data.pixels import IMAGENET_MEAN, IMAGENET_STD
 from ssl_xcit.data.views import EvalView
 from ssl_xcit.runtime.distributed import Distributed
@@ -100,8 +100,7 @@ class FolderLoader:
         return -(-len(self.indices) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        starts = range(0, len(self.indices), self.batch_size)
-        parts = [self.indices[start : start + self.batch_size] for start in starts]
+        parts = parts_of(self.indices, self.batch_size)
         with ThreadPoolExecutor(self.num_threads, thread_name_prefix="folder") as pool:
             orders = ([pool.submit(self._read, i) for i in part.tolist()] for part in parts)
             pending: deque[list[Future]] = deque(itertools.islice(orders, 2))

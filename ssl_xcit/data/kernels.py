@@ -86,7 +86,6 @@ OK, DAMAGED, CORRUPT, TRUNCATED, WRONG_SIZE = 0, 1, 2, 3, 4
 
 BICUBIC, BILINEAR = 0, 1
 RANDOM_CROP, CENTER_CROP, SQUARE, SIMPLE_CROP = 0, 1, 2, 3
-UINT8, FLOAT32, BFLOAT16 = 0, 1, 2
 
 VIEW = np.dtype(
     [
@@ -416,7 +415,7 @@ Axis = namedtuple("Axis", "starts taps weights exact totals centers")
 """Weights along one axis and, in the last three, what they are made from."""
 Scratch = namedtuple(
     "Scratch",
-    "pixels columns resized between frame line x y planes blurred_a blurred_b floats draws header",
+    "pixels columns resized between frame line x y planes blurred_a blurred_b draws header",
 )
 """Working memory of one thread; see `make_scratch`."""
 
@@ -463,7 +462,6 @@ def make_scratch(views, channels, max_pixels, max_height, max_width):
         np.empty(channels * size * size, u8),  # a view before it is normalised
         np.empty(blurred, u8),
         np.empty(blurred, u8),
-        np.empty(size * size, F32),  # a plane before it becomes bfloat16
         np.empty(DRAWS),
         np.empty(4, np.int32),  # what the JPEG decoder says of a header
     )
@@ -872,22 +870,14 @@ def render_view(planes, work, channels, height, width, view, key):
 
 
 @kernel
-def store(out, planes, channels, scale, shift, dtype, floats):
-    """planes * scale + shift per channel, as float32 or bfloat16 in the bytes of `out`."""
+def normalise(out, planes, channels, scale, shift):
+    """out = planes * scale + shift per channel, as float32."""
     n = planes.size // channels
     for c in range(channels):
         source, factor, offset = planes[c * n : (c + 1) * n], scale[c], shift[c]
-        if dtype == FLOAT32:
-            values = out.view(np.float32)[c * n : (c + 1) * n]
-            for q in range(n):
-                values[q] = F32(source[q]) * factor + offset
-        else:
-            for q in range(n):
-                floats[q] = F32(source[q]) * factor + offset
-            bits, halves = floats.view(np.int32), out.view(np.uint16)[c * n : (c + 1) * n]
-            for q in range(n):  # round to nearest, ties to even
-                odd = shift32(bits[q], 16) & 1
-                halves[q] = np.uint16(shift32(add32(bits[q], add32(odd, 0x7FFF)), 16))
+        target = out[c * n : (c + 1) * n]
+        for q in range(n):
+            target[q] = F32(source[q]) * factor + offset
 
 
 @kernel
@@ -922,7 +912,7 @@ def decode(work, decoder, stored, height, width, mode, channels):
 @kernel
 def render(
     data, pointers, sizes, heights, widths, modes, channels, slots, indices, keys, views, offsets,
-    scale, shift, dtype, out, status, counter,
+    scale, shift, floats, out, status, counter,
 ):  # fmt: skip
     """Decode images and write all their views; any number of threads may share one batch.
 
@@ -933,8 +923,8 @@ def render(
         keys: random key of each place, (n,) uint64.
         views: (v,) VIEW.
         offsets: byte of `out` where view v of all images begins; place b follows b views later.
-        scale, shift: (channels,) float32 for `store`.
-        dtype: UINT8, FLOAT32 or BFLOAT16.
+        scale, shift: (channels,) float32 for `normalise`.
+        floats: whether `out` takes normalised float32, or bytes.
         out: the batch, uint8.
         status: of each place, (n,) uint8; written.
         counter: (1,) int64, 0 at first; shared by the threads of one batch.
@@ -945,7 +935,7 @@ def render(
         max_pixels = max(max_pixels, height * width)
         max_height, max_width = max(max_height, height), max(max_width, width)
     work = make_scratch(views, channels, max_pixels, max_height, max_width)
-    bytes_per_value = 1 if dtype == UINT8 else (4 if dtype == FLOAT32 else 2)
+    bytes_per_value = 4 if floats else 1
     decoder = tj_init()
     while True:
         turn = take_next(counter)
@@ -967,10 +957,10 @@ def render(
             start = offsets[v] + slot * count * bytes_per_value
             target = out[start : start + count * bytes_per_value]
             key = mix64(keys[slot] ^ mix64(U64(v + 1)))
-            if dtype == UINT8:
-                render_view(target, work, channels, height, width, view, key)
-            else:
+            if floats:
                 planes = work.planes[:count]
                 render_view(planes, work, channels, height, width, view, key)
-                store(target, planes, channels, scale, shift, dtype, work.floats)
+                normalise(target.view(np.float32), planes, channels, scale, shift)
+            else:
+                render_view(target, work, channels, height, width, view, key)
     tj_destroy(decoder)

@@ -26,7 +26,7 @@ from ssl_xcit.data import kernels
 from ssl_xcit.data.batches import _Batch, _Batches, _Renderer
 from ssl_xcit.data.beton import Beton
 from ssl_xcit.data.pixels import IMAGENET_MEAN, IMAGENET_STD
-from ssl_xcit.data.views import EvalView, Recipe
+from ssl_xcit.data.views import EvalView, Recipe, View
 from ssl_xcit.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,11 @@ def rank_share(
     return images[len(images) * rank // world_size : len(images) * (rank + 1) // world_size]
 
 
+def parts_of(indices: Int64[np.ndarray, "n"], size: int) -> list[Int64[np.ndarray, "m"]]:
+    """`indices` in batches of `size`, the last one smaller if they do not come out even."""
+    return [indices[start : start + size] for start in range(0, len(indices), size)]
+
+
 def labels_at(
     labels: Int64[np.ndarray, "m"] | None, indices: Int64[np.ndarray, "n"]
 ) -> Int64[Tensor, "n"]:
@@ -62,7 +67,70 @@ def labels_at(
     return torch.from_numpy(np.full(len(indices), -1) if labels is None else labels[indices])
 
 
-class MultiCropLoader:
+class _Loader:
+    """What the loaders share: the file, its images, and how batches are handed out.
+
+    Attributes:
+        wait_seconds: time that callers have spent waiting for batches so far.
+    """
+
+    def __init__(
+        self,
+        beton: Beton | str | Path,
+        views: Sequence[Sequence[View | EvalView]],
+        batch_size: int,
+        subset: Int64[np.ndarray, "n"] | None,
+        num_threads: int,
+        dtype: torch.dtype,
+        mean: Sequence[float],
+        std: Sequence[float],
+        prefetch: int,
+    ) -> None:
+        self.beton = beton if isinstance(beton, Beton) else Beton(beton)
+        self.batch_size, self.prefetch = batch_size, prefetch
+        self.images = np.arange(len(self.beton)) if subset is None else subset
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.wait_seconds = 0.0
+        self._renderer = _Renderer(self.beton, views, dtype, self.mean, self.std, num_threads)
+        self._batches: weakref.ref[_Batches] | None = None
+
+    def close(self) -> None:
+        """End the iteration under way, if any; its threads are gone when this returns."""
+        batches = self._batches and self._batches()
+        if batches:
+            batches.close()
+
+    def _plan(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(images, their random keys) of every batch of this iteration."""
+        raise NotImplementedError
+
+    def _finish(self, batch: _Batch) -> tuple[Tensor, ...]:
+        """What the caller gets of a batch whose images are decoded, or corrupt."""
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        self.close()
+        batches = _Batches(self._renderer, self._plan(), self.prefetch)
+        self._batches = weakref.ref(batches)
+        return self._deliver(batches)
+
+    def _deliver(self, batches: _Batches) -> Iterator[tuple[Tensor, ...]]:
+        try:
+            while (tensors := self._next(batches)) is not None:
+                yield tensors
+                del tensors  # or its memory could not be used for the next batch
+        finally:
+            batches.close()
+
+    def _next(self, batches: _Batches) -> tuple[Tensor, ...] | None:
+        start = time.perf_counter()
+        batch = batches.next()
+        tensors = None if batch is None else self._finish(batch)
+        self.wait_seconds += time.perf_counter() - start
+        return tensors
+
+
+class MultiCropLoader(_Loader):
     """Batches of random views for training.
 
     Iterating gives the micro-batches of the epoch that `set_epoch` chose, each a tuple: one tensor
@@ -90,14 +158,13 @@ class MultiCropLoader:
         rank, world_size: this process among those that share the training.
         accumulation_steps: micro-batches per optimiser step.
         num_threads: worker threads; 0 = this process's share of the cores.
-        dtype: torch.uint8 (0 to 255), or torch.float32 or bfloat16, normalised.
-        mean, std: per channel, of values in 0 to 1; for the normalised dtypes.
+        dtype: torch.uint8 (0 to 255), or torch.float32, normalised.
+        mean, std: per channel, of values in 0 to 1; for float32.
         prefetch: batches in the making or waiting, at least 1.
         subset: the images to train on, by their places in the file; default all. They come in the
             order of the whole file's epoch, the others left out.
 
     Attributes:
-        wait_seconds: time that callers have spent waiting for batches so far.
         corrupt: {index: reason} of the corrupt images met so far.
         damaged: indices of images decoded with a warning (superfluous bytes) so far.
 
@@ -123,12 +190,9 @@ class MultiCropLoader:
         prefetch: int = 2,
         subset: Int64[np.ndarray, "n"] | None = None,
     ) -> None:
-        self.beton = beton if isinstance(beton, Beton) else Beton(beton)
-        self.batch_size, self.seed = batch_size, seed
-        self.images = np.arange(len(self.beton)) if subset is None else subset
-        self.rank, self.world_size = rank, world_size
-        self.accumulation_steps, self.prefetch = accumulation_steps, prefetch
-        self.mean, self.std = tuple(mean), tuple(std)
+        super().__init__(beton, views, batch_size, subset, num_threads, dtype, mean, std, prefetch)
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.accumulation_steps = accumulation_steps
         self.global_batch = batch_size * world_size * accumulation_steps
         if len(self.images) < self.global_batch:
             raise UserError(
@@ -136,12 +200,9 @@ class MultiCropLoader:
                 f"{self.global_batch} ({batch_size} x {world_size} ranks x {accumulation_steps} "
                 "accumulation steps): use a smaller batch"
             )
-        self._renderer = _Renderer(self.beton, views, dtype, self.mean, self.std, num_threads)
-        self.wait_seconds = 0.0
         self.corrupt: dict[int, str] = {}
         self.damaged: set[int] = set()
-        self.epoch = self._start_step = self._step = self._seen = 0
-        self._batches: weakref.ref[_Batches] | None = None
+        self.epoch = self._start_step = self._seen = 0
 
     def __len__(self) -> int:
         """Optimiser steps per epoch."""
@@ -153,38 +214,15 @@ class MultiCropLoader:
 
     def step_images(self) -> Int64[np.ndarray, "a n"]:
         """This rank's images of the step that the next iteration begins with, by micro-batch."""
-        plan = itertools.islice(self._plan(self.epoch, self._start_step), self.accumulation_steps)
+        plan = itertools.islice(self._plan(), self.accumulation_steps)
         return np.stack([indices for indices, _ in plan])
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
         """Let the next iteration be that of `epoch`, from step `start_step` on."""
         self.epoch, self._start_step = epoch, start_step
-        self._step = start_step
 
-    def state_dict(self) -> dict[str, int]:
-        """Where the loader is: the steps of the epoch that have been handed out in full."""
-        return {"seed": self.seed, "epoch": self.epoch, "step": self._step}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from `state`."""
-        self.seed = state["seed"]
-        self.set_epoch(state["epoch"], state["step"])
-
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        self.close()
-        plan = self._plan(self.epoch, self._start_step)
-        batches = _Batches(self._renderer, plan, self.prefetch)
-        self._batches = weakref.ref(batches)
-        return self._deliver(batches, self._start_step)
-
-    def close(self) -> None:
-        """End the iteration under way, if any; its threads are gone when this returns."""
-        batches = self._batches and self._batches()
-        if batches:
-            batches.close()
-
-    def _plan(self, epoch: int, start_step: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(images, their keys) of every micro-batch of this rank."""
+    def _plan(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        epoch, start_step = self.epoch, self._start_step
         order = epoch_order(self.seed, epoch, len(self.beton))
         if len(self.images) < len(order):
             order = order[np.isin(order, self.images)]
@@ -194,26 +232,11 @@ class MultiCropLoader:
                 indices = order[first : first + self.batch_size]
                 yield indices, kernels.sample_keys(self.seed, epoch, indices)
 
-    def _deliver(self, batches: "_Batches", start_step: int) -> Iterator[tuple[Tensor, ...]]:
-        delivered = 0
-        try:
-            while (tensors := self._next(batches)) is not None:
-                delivered += 1
-                self._step = start_step + delivered // self.accumulation_steps
-                yield tensors
-                del tensors  # or its memory could not be used for the next batch
-        finally:
-            batches.close()
+    def _finish(self, batch: _Batch) -> tuple[Tensor, ...]:
+        self._mend(batch)
+        return *batch.tensors, torch.from_numpy(batch.indices.copy())
 
-    def _next(self, batches: "_Batches") -> tuple[Tensor, ...] | None:
-        start = time.perf_counter()
-        batch = batches.next()
-        if batch is not None:
-            self._mend(batch)
-        self.wait_seconds += time.perf_counter() - start
-        return batch and (*batch.tensors, torch.from_numpy(batch.indices.copy()))
-
-    def _mend(self, batch: "_Batch") -> None:
+    def _mend(self, batch: _Batch) -> None:
         """Replace the corrupt images of a batch; nearly always there is nothing to do."""
         self._seen += len(batch.indices)
         if not batch.status.any():
@@ -244,7 +267,7 @@ class MultiCropLoader:
                 "again, or run `ssl-xcit data verify` on it"
             )
 
-    def _substitute(self, batch: "_Batch", slot: int) -> int:
+    def _substitute(self, batch: _Batch, slot: int) -> int:
         """Fill a place of the batch with the views of the first decodable image of a sequence."""
         key = batch.keys[slot : slot + 1]
         indices = batch.indices.copy()
@@ -258,7 +281,7 @@ class MultiCropLoader:
         raise UserError(f"{self.beton.path}: no image of 1000 can be decoded; write the file again")
 
 
-class EvalLoader:
+class EvalLoader(_Loader):
     """Batches of evaluation views, each image once over all ranks, in the order of the file.
 
     `subset`: the images to look at, by their places in the file; default all.
@@ -286,45 +309,26 @@ class EvalLoader:
         prefetch: int = 2,
         subset: Int64[np.ndarray, "n"] | None = None,
     ) -> None:
-        self.beton = beton if isinstance(beton, Beton) else Beton(beton)
-        self.view, self.batch_size, self.prefetch = view, batch_size, prefetch
-        self.mean, self.std = tuple(mean), tuple(std)
-        images = np.arange(len(self.beton)) if subset is None else subset
-        self.indices = rank_share(images, rank, world_size)
-        self._renderer = _Renderer(self.beton, [[view]], dtype, self.mean, self.std, num_threads)
-        self.wait_seconds = 0.0
+        super().__init__(
+            beton, [[view]], batch_size, subset, num_threads, dtype, mean, std, prefetch
+        )
+        self.view, self.indices = view, rank_share(self.images, rank, world_size)
 
     def __len__(self) -> int:
         """Batches of this rank."""
         return -(-len(self.indices) // self.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        parts = (
-            self.indices[start : start + self.batch_size]
-            for start in range(0, len(self.indices), self.batch_size)
-        )
-        plan = ((part, np.zeros(len(part), np.uint64)) for part in parts)
-        batches = _Batches(self._renderer, plan, self.prefetch)
-        try:
-            while (tensors := self._next(batches)) is not None:
-                yield tensors
-                del tensors  # or its memory could not be used for the next batch
-        finally:
-            batches.close()
+    def _plan(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for part in parts_of(self.indices, self.batch_size):
+            yield part, np.zeros(len(part), np.uint64)
 
-    def _next(self, batches: "_Batches") -> tuple[Tensor, Tensor, Tensor] | None:
-        start = time.perf_counter()
-        batch = batches.next()
-        self.wait_seconds += time.perf_counter() - start
-        if batch is None:
-            return None
-        indices = batch.indices
+    def _finish(self, batch: _Batch) -> tuple[Tensor, Tensor, Tensor]:
         broken = np.flatnonzero(batch.status > kernels.DAMAGED)
         if len(broken):
             reason = REASONS[batch.status[broken[0]]]
             raise UserError(
-                f"{self.beton.path}: image {indices[broken[0]]} is corrupt ({reason}): write the "
-                "file again, without it"
+                f"{self.beton.path}: image {batch.indices[broken[0]]} is corrupt ({reason}): write "
+                "the file again, without it"
             )
-        labels = labels_at(self.beton.labels, indices)
-        return batch.tensors[0][0], labels, torch.from_numpy(indices.copy())
+        labels = labels_at(self.beton.labels, batch.indices)
+        return batch.tensors[0][0], labels, torch.from_numpy(batch.indices.copy())

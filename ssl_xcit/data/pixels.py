@@ -11,6 +11,13 @@ from ssl_xcit.runtime.errors import UserError
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+def imagenet_statistics(in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """ImageNet's mean and standard deviation; averaged over the channels where there are not 3."""
+    if in_chans == 3:
+        return IMAGENET_MEAN, IMAGENET_STD
+    return tuple((sum(values) / 3,) * in_chans for values in (IMAGENET_MEAN, IMAGENET_STD))
+
+
 def normalise(
     images: Real[Tensor, "*batch c h w"], mean: Sequence[float], std: Sequence[float]
 ) -> Float32[Tensor, "*batch c h w"]:

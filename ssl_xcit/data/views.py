@@ -6,11 +6,12 @@ array. The drawing and the pixels are in `ssl_xcit.data.kernels`; each operation
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from ssl_xcit.runtime.errors import UserError
 
 Interpolation = Literal["bicubic", "bilinear"]
+FILTERS = get_args(Interpolation)
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,7 @@ class View:
         _require(0 < low <= high, self, "ratio", "0 < low <= high")
         low, high = self.blur_sigma
         _require(0 <= low <= high, self, "blur_sigma", "0 <= low <= high")
-        _require(
-            self.interpolation in ("bicubic", "bilinear"),
-            self,
-            "interpolation",
-            "bicubic or bilinear",
-        )
+        _require(self.interpolation in FILTERS, self, "interpolation", " or ".join(FILTERS))
 
 
 @dataclass(frozen=True)
@@ -100,12 +96,7 @@ class EvalView:
         _require(self.resize >= 1, self, "resize", "at least 1 pixel")
         crop = self.resize if self.crop is None else self.crop
         _require(1 <= crop <= self.resize, self, "crop", f"within 1..resize = {self.resize}")
-        _require(
-            self.interpolation in ("bicubic", "bilinear"),
-            self,
-            "interpolation",
-            "bicubic or bilinear",
-        )
+        _require(self.interpolation in FILTERS, self, "interpolation", " or ".join(FILTERS))
 
     @property
     def size(self) -> int:

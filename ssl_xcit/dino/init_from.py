@@ -7,7 +7,7 @@ from torch import nn
 
 from ssl_xcit.checkpoints.folder import StateDict
 from ssl_xcit.checkpoints.formats import listing
-from ssl_xcit.checkpoints.read import read_dino_model
+from ssl_xcit.checkpoints.read import read
 from ssl_xcit.dino.loss import DINOLoss
 from ssl_xcit.dino.networks import MultiCropWrapper
 from ssl_xcit.runtime.errors import UserError
@@ -23,34 +23,34 @@ def init_from(
 ) -> list[str]:
     """Load what `path` holds into student, teacher and centre; lines that say what was and was not.
 
-    `path` is anything `read_dino_model` reads: a full checkpoint (ours or DINO's: each network gets
-    its own weights), or a backbone of any format, which then both networks start from. With "all",
-    a head and a centre in the file are loaded too, and must fit; "backbone" leaves them out.
+    `path` is anything `ssl_xcit.checkpoints.read.read` reads: a full checkpoint (ours or DINO's:
+    each network gets its own weights), or a backbone of any format, from which both networks start.
+    With "all", a head and a centre in the file are loaded too, and must fit; "backbone" leaves them
+    out.
 
     Raises UserError for another architecture and for whatever does not fit.
     """
     lines = []
+    left_out = " (the file's is left out)"
     for role, network in (("student", student), ("teacher", teacher)):
-        found, backbone, head, center, info = read_dino_model(path, role)
-        if found != arch:
-            raise UserError(f"--init_from {path} is a {found}, this run trains a {arch}")
-        _fit(network.backbone, backbone, f"{path}: backbone")
-        with_head = head is not None and parts == "all"
-        if with_head:
-            _fit(network.head, head, f"{path}: head")
-        lines.append(
-            f"{role}: backbone{' and head' if with_head else ''} of {info['path']} "
-            f"({info['role']}) loaded{'' if with_head else ', head fresh'}"
-            + (" (the file's is left out)" if head is not None and not with_head else "")
-        )
-    with_center = center is not None and parts == "all"
-    if with_center:
-        _fit(dino_loss, {"center": center}, f"{path}: center")
-    lines.append(
-        f"center: {'loaded' if with_center else '0'}"
-        + (" (the file's is left out)" if center is not None and not with_center else "")
-    )
-    return lines
+        weights = read(path, role)
+        if weights.arch != arch:
+            raise UserError(f"--init_from {path} is a {weights.arch}, this run trains a {arch}")
+        _fit(network.backbone, weights.backbone, f"{path}: backbone")
+        loaded, head = "backbone", ""
+        if weights.dino_head and parts == "all":
+            _fit(network.head, weights.dino_head, f"{path}: head")
+            loaded = "backbone and head"
+        else:
+            head = ", head fresh" + (left_out if weights.dino_head else "")
+        lines.append(f"{role}: {loaded} of {weights.path} ({weights.role}) loaded{head}")
+    center = "0"
+    if weights.center is not None and parts == "all":
+        _fit(dino_loss, {"center": weights.center}, f"{path}: center")
+        center = "loaded"
+    elif weights.center is not None:
+        center += left_out
+    return [*lines, f"center: {center}"]
 
 
 def _fit(module: nn.Module, state: StateDict, what: str) -> None:

@@ -22,12 +22,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ssl_xcit.dino.algorithm import Settings, micro_batch
 from ssl_xcit.dino.config import TrainConfig
-from ssl_xcit.dino.health import batch_means
 from ssl_xcit.dino.loss import DINOLoss
-from ssl_xcit.dino.networks import MultiCropWrapper, dino_network, split_crops
+from ssl_xcit.dino.networks import MultiCropWrapper, dino_network
 from ssl_xcit.models.layers import FourierPositions
-from ssl_xcit.runtime.precision import autocast, planned
+from ssl_xcit.runtime.precision import planned
 from ssl_xcit.training.optim import build_optimizer, clip_gradients, parameter_groups
 
 
@@ -120,25 +120,12 @@ def forward_backward(
     dino_loss: DINOLoss,
     crops: list[Tensor],
 ) -> None:
-    """A micro-batch's part of a step, as `Pretraining.loss` and the engine do it."""
-    temperature = config.loss.teacher_temp
-    lower = autocast(torch.device("cpu"), config.run.precision)
-    with lower, torch.no_grad():
-        teacher_features = teacher.backbone(crops[0].flatten(0, 1))
-        teacher_logits = teacher.head(teacher_features)
-    n, temperatures = config.optim.batch_size_per_gpu, (dino_loss.student_temp, temperature)
-    student_logits = []
-    for part in split_crops(crops, None, config.crops.crops_in_turn):
-        if student_logits:
-            loss.backward()
-        with lower:
-            logits = student(part.crops)
-            loss = dino_loss(logits, teacher_logits, temperature, part.views, part.total)
-        student_logits += logits.detach().split(n)
-    views = student_logits, teacher_logits.split(n)
-    batch_means(loss, *views, teacher_features, dino_loss.center, temperatures)  # if logged
-    del logits, student_logits, views
-    loss.backward()
+    """One micro-batch of a step that is logged, which needs the most memory."""
+    settings = Settings(
+        config.loss.teacher_temp, config.run.precision, crops_in_turn=config.crops.crops_in_turn
+    )
+    found = micro_batch(student, teacher, dino_loss, crops, None, settings, with_health=True)
+    found.loss.backward()
 
 
 def crop_groups(config: TrainConfig) -> list[tuple[int, int]]:

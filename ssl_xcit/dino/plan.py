@@ -3,7 +3,7 @@
 Here a FLOP is the hardware's: a multiply-add is two. The backward pass repeats each product of the
 forward pass twice, for the gradient of either factor, except that nothing needs the gradient of the
 images or of the fixed Fourier features. With activation checkpointing it repeats the backbone's
-forward pass, too, the XCA blocks without their last product. Drop path is not counted: at its rate,
+forward pass, too. Drop path is not counted: at its rate,
 samples are left out of XCA and MLP.
 """
 
@@ -19,7 +19,6 @@ from ssl_xcit.models.flops import (
     count_operations,
     count_parameters,
     first_convolution,
-    last_products,
     position_projection,
 )
 from ssl_xcit.models.xcit import XCiT
@@ -117,8 +116,7 @@ def _forward(backbone: XCiT, views: int, side: int, head: int) -> tuple[int, int
 def _repeated(backbone: XCiT, side: int) -> int:
     """Multiply-adds for one view of what activation checkpointing computes a second time."""
     per_view = count_operations(backbone, side, side, conventional=False).multiply_adds
-    spared = position_projection(backbone, side, side) + last_products(backbone, side, side)
-    return per_view - spared
+    return per_view - position_projection(backbone, side, side)
 
 
 def print_plan(config: PlanConfig) -> None:

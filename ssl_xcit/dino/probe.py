@@ -1,6 +1,6 @@
 """k-NN of the teacher while it trains, and the rank of its features."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -11,8 +11,8 @@ from ssl_xcit.data.datasets import check_datasets, evaluation_loader, open_image
 from ssl_xcit.data.views import EvalView
 from ssl_xcit.dino.config import TrainConfig
 from ssl_xcit.dino.health import rankme
-from ssl_xcit.evaluation.features import Features, extract_features
-from ssl_xcit.evaluation.knn import knn_accuracy
+from ssl_xcit.evaluation.features import extract_features
+from ssl_xcit.evaluation.knn import knn
 from ssl_xcit.runtime.distributed import Distributed
 
 KINDS = ("cls", "patch")
@@ -26,7 +26,7 @@ class Probe:
     """
 
     def __init__(self, config: TrainConfig, ranks: Distributed) -> None:
-        self.config, self.device = config, ranks.device
+        self.config, self.ranks = config, ranks
         sources = (config.probe.probe_train, config.probe.probe_test)
         both = [open_images(path, config.model.in_chans) for path in sources]
         check_datasets(*both)
@@ -55,14 +55,16 @@ class Probe:
         the effective rank of the voting images' cls tokens; health/rankme_share: over the largest
         that it could be, min(images, dimensions).
         """
-        precision = self.config.run.precision
+        precision, device = self.config.run.precision, self.ranks.device
         train, test = (
-            extract_features(backbone, wrap(loader), KINDS, self.device, precision)
+            extract_features(backbone, wrap(loader), KINDS, device, precision)
             for loader in (self.train, self.test)
         )
-        k = self.config.probe.probe_k
-        found = {f"probe/top1_{kind}": _top1(train, test, kind, k, self.device) for kind in KINDS}
-        features = train["cls"].features.to(self.device)
+        k, found = self.config.probe.probe_k, {}
+        for kind in KINDS:
+            (row,) = knn(train[kind], test[kind], (k,), (0.07,), self.ranks)
+            found[f"probe/top1_{kind}"] = row["top1"]
+        features = train["cls"].features.to(device)
         rank = rankme(features).item()
         return found | {"health/rankme": rank, "health/rankme_share": rank / min(features.shape)}
 
@@ -72,39 +74,3 @@ def some_images(size: int, limit: int, seed: int) -> Int64[np.ndarray, " n"]:
     if limit == 0 or limit >= size:
         return np.arange(size)
     return np.sort(np.random.default_rng(seed).choice(size, limit, replace=False))
-
-
-def knn_probe(
-    backbone: nn.Module,
-    train_loader: Iterable,
-    test_loader: Iterable,
-    which: Sequence[str],
-    k: int,
-    device: torch.device,
-    precision: str,
-    temperature: float = 0.07,
-) -> dict[str, float]:
-    """Top-1 in percent of each kind of feature; for a look at a model that goes on training.
-
-    Leaves the model as it was: every module's mode, BatchNorm's buffers, the generators. All ranks
-    call it, and each returns the same. Raises UserError as `knn_predictions` does.
-    """
-    train, test = (
-        extract_features(backbone, loader, which, device, precision)
-        for loader in (train_loader, test_loader)
-    )
-    return {kind: _top1(train, test, kind, k, device, temperature) for kind in which}
-
-
-def _top1(
-    train: dict[str, Features],
-    test: dict[str, Features],
-    kind: str,
-    k: int,
-    device: torch.device,
-    temperature: float = 0.07,
-) -> float:
-    """k-NN top-1 in percent."""
-    train, test = train[kind], test[kind]
-    rows = (train.features, train.labels, test.features, test.labels)
-    return knn_accuracy(*(tensor.to(device) for tensor in rows), (k,), temperature)[k][0]

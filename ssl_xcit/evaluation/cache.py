@@ -1,4 +1,4 @@
-"""Features of a dataset, kept in a folder while they are made, so that a killed evaluation goes on.
+"""Features of a dataset, kept in a folder as they are made, so that a killed evaluation continues.
 
 A folder holds, for each dataset (`train`, `test`), files of about PART images:
 
@@ -18,70 +18,48 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ssl_xcit.data.datasets import Images, evaluation_loader
-from ssl_xcit.data.pixels import IMAGENET_MEAN, IMAGENET_STD
-from ssl_xcit.data.views import EvalView
-from ssl_xcit.evaluation.features import Features, extract_features, extract_pixels
-from ssl_xcit.evaluation.subject import Subject
+from ssl_xcit.data.datasets import Images
+from ssl_xcit.evaluation.features import Extraction, Features
 from ssl_xcit.runtime import distributed
-from ssl_xcit.runtime.distributed import Distributed
 from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.runtime.files import make_folder, new_file
 
 PART = 65_536  # images: minutes of a GPU, and at 384 float32 each 100 MB
 
 
 def cached_features(
-    subject: Subject | None,
+    extraction: Extraction,
     images: Images,
-    view: EvalView,
     kinds: Sequence[str],
-    ranks: Distributed,
-    *,
-    batch_size: int,
-    num_workers: int,
-    precision: str,
     folder: Path | None = None,
     name: str = "",
 ) -> dict[str, Features]:
-    """Features of every kind of all images, on every rank; without a subject {"pixels": bytes}.
+    """`extraction.features` of all images, on every rank.
 
-    With `folder`, each part is stored there under `name` as soon as it is complete, and what is
-    there already is not made again: the same folder after a kill continues. The ranks must see one
+    With `folder`, each part is stored there under `name` as soon as it is complete, and a part that
+    is there already is read: after a kill the same folder continues. The ranks must see one
     filesystem. Raises UserError if the folder holds other features, or cannot be written.
     """
+    subject, view, ranks = extraction.subject, extraction.view, extraction.ranks
     facts = {
         "subject": None if subject is None else fingerprint(subject.backbone.state_dict()),
         "images": [images.num_samples, _checksum(images)],
         "view": [view.resize, view.crop, view.interpolation],
         "statistics": None if subject is None else [*subject.mean, *subject.std],
-        "kinds": list(kinds) if subject is not None else ["pixels"],
-        "precision": precision,
+        "kinds": ["pixels"] if subject is None else list(kinds),
+        "precision": extraction.config.precision,
         "part": PART,
     }
-    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if subject is None else (subject.mean, subject.std)
     parts = []
-    # Equal parts, so that the last one, too, has images for every rank
+    # Equal parts, so that the last one has images for every rank, too
     count = max(1, round(images.num_samples / PART))
     for subset in np.array_split(np.arange(images.num_samples), count):
         file = None if folder is None else folder / f"{name}-{subset[0]:08d}.safetensors"
-        if file is not None and _agree(file.exists(), ranks):
+        # Every rank does what rank 0 sees
+        if file and distributed.gather_variable(torch.tensor([int(file.exists())]))[0]:
             parts.append(_read(file, facts))
             continue
-        loader = evaluation_loader(
-            images,
-            view,
-            batch_size,
-            ranks,
-            num_threads=num_workers,
-            mean=mean,
-            std=std,
-            subset=subset,
-        )
-        if subject is None:
-            found = {"pixels": extract_pixels(loader)}
-        else:
-            backbone = subject.backbone.to(ranks.device)
-            found = extract_features(backbone, loader, kinds, ranks.device, precision)
+        found = extraction.features(images, kinds, subset)
         if file is not None and ranks.rank == 0:
             _write(file, found, facts)
         parts.append(found)
@@ -89,26 +67,13 @@ def cached_features(
     return {kind: _joined([part[kind] for part in parts]) for kind in parts[0]}
 
 
-def precision_of(folder: Path) -> str | None:
-    """In which the features in `folder` were made; None: there are none, or they are damaged."""
-    for file in sorted(folder.glob("*-*.safetensors"))[:1]:
-        try:
-            with safe_open(file, "pt") as content:
-                return json.loads(content.metadata()["facts"])["precision"]
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
-            return None
-    return None
-
-
-def save_facts(folder: Path, facts: dict) -> None:
-    """Say that the features in `folder` are complete, and what they are."""
-    partial = folder / ".features.json.partial"
-    partial.write_text(json.dumps(facts, indent=1) + "\n")
-    partial.replace(folder / "features.json")
+def any_file(folder: Path) -> Path | None:
+    """One of the files of features in `folder`, if there are any."""
+    return min(folder.glob("*-*.safetensors"), default=None)
 
 
 def load_facts(folder: Path) -> dict:
-    """What `save_facts` said. Raises UserError if the features are not complete."""
+    """The content of features.json. Raises UserError if the features are not complete."""
     try:
         facts = json.loads((folder / "features.json").read_text())
     except (OSError, ValueError) as error:
@@ -130,7 +95,7 @@ def load_features(folder: Path, name: str) -> dict[str, Features]:
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, shapes and values: tells one network from another."""
+    """SHA-256 of names, types, shapes and values: tells one network from another."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -140,43 +105,35 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
 
 
 def _checksum(images: Images) -> list[int | None]:
-    """Tells one dataset from another without reading the images: their sizes and labels."""
-    sizes = getattr(images, "sizes", None)  # a folder's are not known
+    """Tells datasets apart by the sizes and labels of their images, without reading them."""
+    sizes = getattr(images, "sizes", None)  # unknown for a folder
     return [
         None if values is None else zlib.crc32(np.ascontiguousarray(values))
         for values in (sizes, images.labels)
     ]
 
 
-def _agree(exists: bool, ranks: Distributed) -> bool:
-    """Rank 0's view of it."""
-    votes = distributed.gather_variable(torch.tensor([int(exists)]))
-    return bool(votes[0])
-
-
 def _write(file: Path, found: dict[str, Features], facts: dict) -> None:
     tensors = {kind: features.features for kind, features in found.items()}
     one = next(iter(found.values()))
     tensors |= {"labels": one.labels, "indices": one.indices}
-    partial = file.with_name(f".{file.name}.partial")
+    make_folder(file.parent)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, {"facts": json.dumps(facts)})
-        partial.replace(file)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"cannot write {file}: {error}; choose another folder") from error
+        with new_file(file) as opened:
+            save_file(tensors, opened.name, {"facts": json.dumps(facts)})
+    except SafetensorError as error:
+        raise UserError(f"{file}: cannot be written: {error}") from error
 
 
 def _read(file: Path, facts: dict | None) -> dict[str, Features]:
-    """One part; with `facts`, only if they are the same."""
+    """One part. Raises UserError if it is damaged, or was not made as `facts` say (None: any)."""
     try:
         with safe_open(file, "pt") as content:
             stored = json.loads((content.metadata() or {}).get("facts", "{}"))
             tensors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
         labels, indices = tensors.pop("labels"), tensors.pop("indices")
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise UserError(f"{file} is damaged ({error}): remove it, to make it again") from error
+        raise UserError(f"{file} is damaged ({error}): remove it to make it again") from error
     if facts is not None and stored != facts:
         odd = [key for key in facts if stored.get(key) != facts[key]]
         raise UserError(

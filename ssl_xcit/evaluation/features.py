@@ -1,19 +1,40 @@
-"""Features of a frozen backbone over a whole dataset, each image once, gathered from all ranks."""
+"""Features of a frozen backbone: of a batch, of a loader, of the images of an evaluation."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64, Real
 from torch import Tensor, nn
 
-from ssl_xcit.data.pixels import normalise
+from ssl_xcit.data.beton import Beton
+from ssl_xcit.data.datasets import (
+    Images,
+    check_channels,
+    check_datasets,
+    evaluation_loader,
+    open_images,
+)
+from ssl_xcit.data.pixels import IMAGENET_MEAN, IMAGENET_STD, normalise
+from ssl_xcit.data.views import EvalView
+from ssl_xcit.evaluation.config import FrozenConfig
+from ssl_xcit.evaluation.results import describe_view
+from ssl_xcit.evaluation.subject import (
+    NO_FACTS,
+    Subject,
+    checkpoint_subject,
+    untrained_subject,
+)
 from ssl_xcit.runtime import distributed
+from ssl_xcit.runtime.distributed import Distributed
 from ssl_xcit.runtime.errors import UserError
 from ssl_xcit.runtime.precision import autocast
 
-FEATURES = ("cls", "patch", "cls+patch", "inputs1", "inputs2")
+# Kind of feature, see `embed` -> its length, in multiples of the backbone's embed_dim
+FEATURES = {"cls": 1, "patch": 1, "cls+patch": 2, "inputs1": 2, "inputs2": 3}
 
 
 class Features(NamedTuple):
@@ -37,10 +58,10 @@ def extract_features(
     indices (b,)) with each image on one rank; bytes are normalised on the device by the loader's
     `mean` and `std`. `precision`: see `ssl_xcit.runtime.precision`.
 
-    The backbone is in eval mode meanwhile: BatchNorm uses its running statistics and does not
-    update them. Afterwards every module is in the mode it was in.
+    Meanwhile the backbone is in eval mode: BatchNorm uses its running statistics and does not
+    update them. Afterwards every module is back in its own mode.
     """
-    unknown = set(which) - set(FEATURES)
+    unknown = set(which) - FEATURES.keys()
     if unknown:
         raise UserError(f"no features {sorted(unknown)}: choose from {', '.join(FEATURES)}")
 
@@ -61,19 +82,19 @@ def embed(
     which: Sequence[str],
     precision: str,
 ) -> dict[str, Float[Tensor, "b _"]]:
-    """Features of every kind in `which` of a batch on the backbone's device, from one forward.
+    """Features of every kind in `which` of a batch on the backbone's device, from one forward pass.
 
-    Each token is taken after the final LayerNorm, and means are over the patch tokens:
+    Tokens are taken after the final LayerNorm, and means run over the patch tokens:
 
     cls: the class token, (b, d), DINO's choice for XCiT.
-    patch: the mean of the patch tokens, (b, d).
-    cls+patch: both side by side, (b, 2d), neither scaled first: DINOv2's choice for its probes.
+    patch: the mean patch token, (b, d).
+    cls+patch: both concatenated, (b, 2d), unscaled: DINOv2's choice for its probes.
     inputs1: class token and mean patch token that enter the last class-attention layer, (b, 2d).
     inputs2: the mean patch token that enters the first one, then inputs1, (b, 3d). The class token
-        that enters the first one is the same for every image and left out.
+        that enters the first one is the same for every image, and left out.
 
-    The last two stand in for the last n blocks' class tokens of DINO's probes of ViTs: in an XCiT
-    only the two class-attention layers have a class token. Precision as in `extract_features`.
+    The last two replace the class tokens of the last n blocks that DINO probes in a ViT: an XCiT
+    has class tokens in its two class-attention layers alone. Precision as in `extract_features`.
     """
     inputs = not {"inputs1", "inputs2"}.isdisjoint(which)
     with autocast(images.device, precision):
@@ -81,7 +102,7 @@ def embed(
             stages = backbone.class_attention_inputs(images)
         else:
             stages = [backbone.forward_features(images)]
-    # Of bf16 tokens, too, the mean is not rounded to bf16.
+    # The mean of bf16 tokens is not rounded to bf16
     *entering, (cls, patch) = [(_wide(cls), _wide(tokens).mean(dim=1)) for cls, tokens in stages]
     parts = {"cls": (cls,), "patch": (patch,), "cls+patch": (cls, patch)}
     if inputs:
@@ -97,8 +118,8 @@ def _wide(tokens: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 def extract_pixels(loader: Iterable) -> Features:
     """The bytes of each view as its features, (n, c * h * w) uint8: the baseline without a network.
 
-    `loader` yields bytes; they take a quarter of float32's memory. They are copied, because a
-    loader reuses a batch's memory only when nobody refers to it.
+    `loader` yields bytes, a quarter of float32's memory. They are copied, because a loader reuses
+    the memory of a batch only when nothing refers to it.
     """
     return _collect(loader, lambda images: {"pixels": images.flatten(1).clone()})["pixels"]
 
@@ -113,7 +134,7 @@ def _collect(loader: Iterable, embed: Callable[[Tensor], dict[str, Tensor]]) -> 
         labels.append(batch_labels)
         indices.append(batch_indices)
 
-    # From here on outside of inference mode, so that a classifier can be trained on the result.
+    # Outside of inference mode, so that a classifier can be trained on the result
     if not indices:
         raise UserError("there are fewer images than ranks: start fewer ranks")
     indices, order = distributed.gather_variable(torch.cat(indices)).sort()
@@ -127,7 +148,7 @@ def _collect(loader: Iterable, embed: Callable[[Tensor], dict[str, Tensor]]) -> 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode; afterwards each module's own (parts of a network may be frozen in eval mode)."""
+    """Eval mode; afterwards each module's own mode (parts of a network may be frozen in eval)."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -135,3 +156,80 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def require_finite(features: Real[Tensor, "n d"], name: str = "the features") -> None:
+    """Raise UserError for NaN or infinity."""
+    if not features.isfinite().all():
+        raise UserError(
+            f"{name} contain NaN or infinity: the network has diverged; take an earlier checkpoint"
+        )
+
+
+class Extraction:
+    """How an evaluation makes features: of which network, from which view, on which ranks.
+
+    Args:
+        config: names the network; its precision is settled.
+        batch_size: images per forward pass and rank.
+        images: an untrained network has the channels of the images at this path.
+
+    Attributes:
+        subject: the network; None: its features are the bytes of the view, called "pixels".
+
+    Raises:
+        UserError: a checkpoint that is no backbone, or another one than `config.arch`.
+    """
+
+    def __init__(
+        self, config: FrozenConfig, ranks: Distributed, batch_size: int, images: str
+    ) -> None:
+        self.config, self.ranks, self.batch_size = config, ranks, batch_size
+        self.view = EvalView(config.resize, config.crop, config.interpolation)
+        self.subject: Subject | None = None
+        if config.checkpoint:
+            self.subject = checkpoint_subject(config.checkpoint, config.arch, config.role)
+        elif config.random_init:
+            in_chans = 3 if Path(images).is_dir() else Beton(images).channels
+            self.subject = untrained_subject(config.arch, config.seed, in_chans)
+
+    def open(self, path: str, train: Images | None = None) -> Images:
+        """The labelled images at `path`, whose labels mean the same classes as those of `train`.
+
+        Raises UserError for images without labels, of other classes or for another network.
+        """
+        images = open_images(path, 3 if self.subject is None else self.subject.in_chans)
+        check_datasets(images if train is None else train, images)
+        if self.subject is not None:
+            check_channels(self.subject.in_chans, images)
+        return images
+
+    def features(
+        self, images: Images, kinds: Sequence[str], subset: Int64[np.ndarray, " n"] | None = None
+    ) -> dict[str, Features]:
+        """Features of every kind, the same on every rank; without a network {"pixels": bytes}."""
+        subject = self.subject
+        loader = evaluation_loader(
+            images,
+            self.view,
+            self.batch_size,
+            self.ranks,
+            num_threads=self.config.num_workers,
+            mean=IMAGENET_MEAN if subject is None else subject.mean,
+            std=IMAGENET_STD if subject is None else subject.std,
+            subset=subset,
+        )
+        if subject is None:
+            return {"pixels": extract_pixels(loader)}
+        backbone = subject.backbone.to(self.ranks.device)
+        return extract_features(backbone, loader, kinds, self.ranks.device, self.config.precision)
+
+    def facts(self) -> dict:
+        """What decides the features, for a result."""
+        subject = self.subject
+        statistics = (None, None) if subject is None else (subject.mean, subject.std)
+        return {
+            **(NO_FACTS | {"source": "pixels"} if subject is None else subject.facts),
+            "precision": self.config.precision,
+            "transform": describe_view(self.view, *statistics),
+        }

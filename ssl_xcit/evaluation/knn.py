@@ -1,16 +1,18 @@
-"""k-NN classification of frozen features: DINO's weighted vote, searched in bounded memory.
+"""k-NN classification of frozen features: DINO's weighted vote, and the evaluation by it.
 
-For a test image with the k most similar training images j (cosine similarity s_j, class y_j), the
-score of class c is the sum over j with y_j = c of exp(s_j / temperature): equation and defaults
-(temperature 0.07, k = 10, 20, 100, 200) as in DINO's eval_knn.py, after Wu et al. 2018
-(arXiv:1805.01978, section 3.4). Every choice among equals is defined, so that a result depends
-neither on the block size nor on the device:
+Let j run over the k training images most similar to a test image, with cosine similarity s_j and
+class y_j. The score of class c is the sum of exp(s_j / temperature) over all j with y_j = c.
+Equation and defaults (temperature 0.07, k = 10, 20, 100, 200) are those of DINO's eval_knn.py,
+after Wu et al. 2018 (arXiv:1805.01978, section 3.4). All ties are broken by rule, so a result
+depends neither on the block size nor on the device:
 
-- equally similar training images: the one that comes first in the training set is nearer;
-- equally scored classes: the smaller class number ranks first.
+- of equally similar training images, the first in the training set is nearer;
+- of classes with equal scores, the smaller number ranks first.
 """
 
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -18,11 +20,29 @@ import torch.nn.functional as F
 from jaxtyping import Float64, Int64, Real
 from torch import Tensor
 
+from ssl_xcit.data.loader import rank_share
+from ssl_xcit.evaluation.accuracy import accuracy
+from ssl_xcit.evaluation.cache import any_file, cached_features, load_facts, load_features
+from ssl_xcit.evaluation.config import KnnConfig
+from ssl_xcit.evaluation.features import Extraction, Features, require_finite
+from ssl_xcit.evaluation.results import (
+    Result,
+    describe_images,
+    describe_machine,
+    describe_subject,
+    run_evaluation,
+    write_result,
+)
+from ssl_xcit.runtime import distributed
+from ssl_xcit.runtime.distributed import Distributed
 from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.runtime.precision import settled
+from ssl_xcit.training.run_folder import stored_precision
 
 GRID_BITS = 31  # similarities are rounded to multiples of 2^-31 = 4.7e-10
-INDEX_MASK = 2**31 - 1  # training images that a search can number
+INDEX_MASK = 2**31 - 1  # the largest index of a training image
 BLOCK_ELEMENTS = 2**23  # of float64: 64 MiB
+COLUMNS = (("features", 10), ("k", 6), ("T", 8), ("top-1 %", 10), ("top-5 %", 10))
 
 
 def cosine_top_k(
@@ -31,14 +51,14 @@ def cosine_top_k(
     """Cosine similarities and indices of the min(k, n) nearest training rows, nearest first.
 
     Works on blocks of `chunk` test rows by `chunk` training rows and keeps the best k of each test
-    row so far, so memory does not grow with m * n; by default each of the few blocks alive takes
-    at most 64 MiB. Inputs may be of any real type and need no normalisation; a zero vector has
+    row so far, so memory does not grow with m * n; by default each of the few live blocks takes at
+    most 64 MiB. Inputs may be of any real type and need no normalisation; a zero vector has
     similarity 0 to everything.
 
-    The products are summed in float64 and rounded to a grid of 2^-31, far finer than float32
-    features can tell apart and far coarser than float64's summation error, which does depend on
-    the block size. So equal vectors tie exactly. A rounded similarity and its index fit into one
-    int64 that orders by similarity first and by the lower index second; integers are all different,
+    Products are summed in float64 and rounded to a grid of 2^-31. That is far finer than float32
+    features can resolve, and far coarser than the summation error of float64, which depends on the
+    block size: equal vectors tie exactly. A rounded similarity and its index are packed into one
+    int64 that orders by similarity first and by the lower index second. All these integers differ,
     so top-k has a single answer, whatever the blocks and the device.
     """
     chunk = chunk or max(1, min(int(BLOCK_ELEMENTS**0.5), BLOCK_ELEMENTS // train.size(1)))
@@ -80,21 +100,21 @@ def weighted_vote(
 
     The first k columns vote; they are sorted by falling similarity, as `cosine_top_k` returns
     them, with `neighbour_labels` in 0 .. num_classes - 1. Weights are exp((s - s_max) / T): the
-    common factor exp(s_max / T) changes no rank, and without it small temperatures overflow.
-    Fewer than min(5, k) classes may have received votes: the rest are filled with unvoted classes,
-    smallest number first (the official script leaves that order to the sort).
+    common factor exp(s_max / T) changes no rank, and would overflow at low temperatures. If fewer
+    classes than that have votes, those without follow, smallest number first (DINO's script leaves
+    their order to the sort).
     """
     similarities, neighbour_labels = similarities[:, :k].double(), neighbour_labels[:, :k]
     weights = torch.exp((similarities - similarities[:, :1]) / temperature)
     scores = weights.new_zeros(len(weights), num_classes)
-    # One neighbour at a time: a row's addends then have one order, also with CUDA's atomics.
+    # One neighbour at a time fixes the order of a row's addends, even with CUDA's atomics
     for label, weight in zip(neighbour_labels.split(1, 1), weights.split(1, 1), strict=True):
         scores.scatter_add_(1, label, weight)
     ranked = []
     for _ in range(min(5, weights.size(1), num_classes)):
         winner = scores.argmax(dim=1, keepdim=True)  # the first of equal maxima
         ranked.append(winner)
-        scores.scatter_(1, winner, -1.0)  # below every score: out of the race
+        scores.scatter_(1, winner, -1.0)  # below every score
     return torch.cat(ranked, dim=1)
 
 
@@ -102,8 +122,8 @@ class Neighbours(NamedTuple):
     """The nearest training images of each test image, nearest first, by one search."""
 
     similarities: Float64[Tensor, "m k"]
-    labels: Int64[Tensor, "m k"]  # as places in `classes`
-    classes: Int64[Tensor, " c"]  # sorted: keeps the tie rule
+    labels: Int64[Tensor, "m k"]  # as indices into `classes`
+    classes: Int64[Tensor, " c"]  # sorted, which keeps the rule for ties
 
     def votes(self, k: int, temperature: float) -> Int64[Tensor, "m top"]:
         """The best classes of each test image by `weighted_vote`, best first."""
@@ -118,60 +138,122 @@ def find_neighbours(
     train_features: Real[Tensor, "n d"],
     train_labels: Int64[Tensor, " n"],
     test_features: Real[Tensor, "m d"],
-    k: int,
-) -> Neighbours:
-    """The min(k, n) nearest training images of each test image.
-
-    Raises UserError for a k below 1 and for features that are not finite.
-    """
-    if k < 1:
-        raise UserError(f"k must be at least 1, got {k}")
-    for name, features in (("training", train_features), ("test", test_features)):
-        if not torch.isfinite(features).all():
-            raise UserError(
-                f"the {name} features contain NaN or infinity: the network has diverged; "
-                "take an earlier checkpoint"
-            )
-    classes, train_classes = train_labels.unique(return_inverse=True)
-    similarities, indices = cosine_top_k(train_features, test_features, k)
-    return Neighbours(similarities, train_classes[indices], classes)
-
-
-def knn_predictions(
-    train_features: Real[Tensor, "n d"],
-    train_labels: Int64[Tensor, " n"],
-    test_features: Real[Tensor, "m d"],
     ks: Sequence[int],
-    temperature: float = 0.07,
-) -> dict[int, Int64[Tensor, "m top"]]:
-    """For each k the best classes of each test image, best first, from one search with the largest.
+) -> Neighbours:
+    """The nearest training images of each test image, as many as the largest of `ks` needs.
 
-    As many as `weighted_vote` ranks: min(5, k, classes). A k beyond the training set lets all n
-    images vote. Labels may be any integers. Raises UserError as `find_neighbours` does.
+    A k beyond the training set lets all n images vote. Raises UserError for a k below 1 and for
+    features that are not finite.
     """
     if min(ks) < 1:
         raise UserError(f"k must be at least 1, got {min(ks)}")
-    neighbours = find_neighbours(train_features, train_labels, test_features, max(ks))
-    return {k: neighbours.votes(k, temperature) for k in ks}
+    require_finite(train_features, "the training features")
+    require_finite(test_features, "the test features")
+    classes, train_classes = train_labels.unique(return_inverse=True)
+    similarities, indices = cosine_top_k(train_features, test_features, max(ks))
+    return Neighbours(similarities, train_classes[indices], classes)
 
 
-def accuracy(ranked: Int64[Tensor, "m top"], labels: Int64[Tensor, " m"]) -> tuple[float, float]:
-    """(top-1, top-5) in percent of classes ranked best first."""
-    hits = (ranked == labels[:, None]).sum(dim=0)
-    return 100 * hits[0].item() / len(labels), 100 * hits.sum().item() / len(labels)
-
-
-def knn_accuracy(
-    train_features: Real[Tensor, "n d"],
-    train_labels: Int64[Tensor, " n"],
-    test_features: Real[Tensor, "m d"],
-    test_labels: Int64[Tensor, " m"],
+def knn(
+    train: Features,
+    test: Features,
     ks: Sequence[int],
-    temperature: float = 0.07,
-) -> dict[int, tuple[float, float]]:
-    """(top-1, top-5) in percent for each k; see `knn_predictions`.
+    temperatures: Sequence[float],
+    ranks: Distributed,
+) -> list[dict]:
+    """Accuracy for every temperature and k, from one search that the ranks share.
 
-    A test label that no training image has counts as wrong.
+    Returns rows of k, temperature, voters (the training images that vote: fewer than k if there
+    are no more) and top1, top5 in percent, the same on every rank. Labels may be any integers; a
+    test label that no training image has counts as wrong. Raises UserError as `find_neighbours`
+    does.
     """
-    ranked = knn_predictions(train_features, train_labels, test_features, ks, temperature)
-    return {k: accuracy(classes, test_labels) for k, classes in ranked.items()}
+    mine = torch.from_numpy(rank_share(test.indices.numpy(), ranks.rank, ranks.world_size))
+    parts = (train.features, train.labels, test.features[mine])
+    neighbours = find_neighbours(*(part.to(ranks.device) for part in parts), ks)
+    rows = []
+    for temperature in temperatures:
+        for k in ks:
+            ranked = distributed.gather_variable(neighbours.votes(k, temperature).cpu())
+            top1, top5 = accuracy(ranked, test.labels)
+            row = {"k": k, "temperature": temperature, "voters": min(k, len(train.labels))}
+            rows.append(row | {"top1": top1, "top5": top5})
+    return rows
+
+
+def evaluate_knn(config: KnnConfig) -> dict:
+    """k-NN accuracy of a checkpoint, of an untrained network or of the pixels, as `config` says.
+
+    Prints a table, and writes what it returns as JSON to `config.out` if that is set: "accuracy"
+    has a row for each kind of features, temperature and k, see `knn`; the rest is what decided
+    them. With torchrun the ranks share the images and the search, and rank 0 reports.
+
+    Raises UserError for what the user can correct: images that are missing or do not belong
+    together, a checkpoint that is no backbone or is for other images, features that are not finite.
+    """
+    return run_evaluation(lambda ranks: _measure(config, ranks), config.device, config.out)
+
+
+def _measure(config: KnnConfig, ranks: Distributed) -> Result:
+    start = time.perf_counter()
+    if config.load_features:
+        folder = Path(config.load_features)
+        facts = load_facts(folder)
+        train, test = (load_features(folder, name) for name in ("train", "test"))
+    else:
+        train, test, facts = _extract(config, ranks)
+    extracted = time.perf_counter()
+    rows = [
+        {"features": kind} | row
+        for kind in facts["features"]
+        for row in knn(train[kind], test[kind], config.k, config.temperature, ranks)
+    ]
+    searched = time.perf_counter()
+    seconds = {
+        "features": round(extracted - start, 3),
+        "search": round(searched - extracted, 3),
+    }
+    heading = [
+        f"k-NN: {describe_subject(facts)}",
+        f"{facts['test']['images']:,} test images, {facts['train']['images']:,} training images, "
+        f"{facts['train']['classes']:,} classes",
+    ]
+    facts = {**facts, "accuracy": rows, "seconds": seconds, **describe_machine(ranks)}
+    return Result(facts, heading, COLUMNS, map(_cells, rows))
+
+
+def _extract(
+    config: KnnConfig, ranks: Distributed
+) -> tuple[dict[str, Features], dict[str, Features], dict]:
+    """Features of each kind of both datasets, and the facts about them."""
+    folder = Path(config.save_features) if config.save_features else None
+    config = settled(config, ranks, stored_precision(folder and any_file(folder)))
+    extraction = Extraction(config, ranks, config.batch_size, config.train)
+    kinds = ["pixels"] if config.pixels else list(config.features)
+    train = extraction.open(config.train)
+    datasets = {"train": train, "test": extraction.open(config.test, train)}
+    facts = {
+        **extraction.facts(),
+        "features": kinds,
+        **{name: describe_images(images) for name, images in datasets.items()},
+    }
+    features = [
+        cached_features(extraction, images, kinds, folder, name)
+        for name, images in datasets.items()
+    ]
+    if folder is not None and ranks.rank == 0:
+        write_result(facts, folder / "features.json")
+    return *features, facts
+
+
+def _cells(row: dict) -> list[str]:
+    """A row of the table."""
+    few = row["voters"] < row["k"]
+    return [
+        row["features"],
+        f"{row['k']}",
+        f"{row['temperature']:g}",
+        f"{row['top1']:.2f}",
+        f"{row['top5']:.2f}",
+        f"   only {row['voters']} training images: all of them vote" if few else "",
+    ]

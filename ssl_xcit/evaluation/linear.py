@@ -1,250 +1,290 @@
-"""Linear classifiers of features: a grid of them trained at once by SGD, and logistic regression.
+"""The linear evaluation of a checkpoint: choose on held-out training images, then test once.
 
-A classifier is a weight (c, d) and a bias (c,) for features as they come from the network: its
-logits are `features @ weight.T + bias`.
+The order matters. Everything is learnt and chosen from the training images and stored in the output
+folder before the test images are opened.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+import json
+import time
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int64
-from torch import Tensor
 
-from ssl_xcit.runtime import distributed, draws
+from ssl_xcit.data.datasets import Images
+from ssl_xcit.evaluation.accuracy import accuracy
+from ssl_xcit.evaluation.cache import cached_features, fingerprint
+from ssl_xcit.evaluation.config import LinearConfig
+from ssl_xcit.evaluation.features import FEATURES, Extraction
+from ssl_xcit.evaluation.linear_classifiers import ranked_classes, split
+from ssl_xcit.evaluation.linear_file import Classifier, load_classifier, save_classifier
+from ssl_xcit.evaluation.linear_protocols import Material, fit_fast, train_official
+from ssl_xcit.evaluation.results import (
+    Result,
+    describe_images,
+    describe_machine,
+    describe_subject,
+    run_evaluation,
+    write_result,
+)
+from ssl_xcit.evaluation.subject import Subject
+from ssl_xcit.runtime import distributed
+from ssl_xcit.runtime.config import config_differences, read_config, save_config
+from ssl_xcit.runtime.distributed import Distributed
+from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.runtime.precision import settled
+from ssl_xcit.training.run_folder import stored_precision
 
-MOMENTUM, INITIAL_STD = 0.9, 0.01  # of DINO's eval_linear.py
-SPLIT_STREAM = 1_000_000  # the split draws from this view: no crop's and no drop path's number
-CHUNK = 8_192  # rows that are looked at together: bounds the memory for logits
-KEPT = 2**27  # numbers, 1 GiB, that are kept wide and standardised, not made again at each look
+FORMAT = 1  # of the output folder; raised when an older program could misread it
+MAY_CHANGE = {"out", "test", "mode", "device", "num_workers", "save_every"}
+"""Settings that touch neither a training under way nor stored features."""
+COLUMNS = (("", -10), ("features", 10), ("lr or l2", 10), ("held out %", 12))
+COLUMNS += (("top-1 %", 9), ("top-5 %", 9))
 
 
-def split(
-    num_images: int, held_out: float, seed: int
-) -> tuple[Int64[Tensor, " n"], Int64[Tensor, " m"]]:
-    """(images to learn from, images held out), each in ascending order.
+def evaluate_linear(config: LinearConfig) -> dict:
+    """Train linear classifiers of frozen features, or test a stored one (--evaluate).
 
-    Those with the smallest hashes of (seed, image) are held out: round(held_out * num_images) of
-    them, at least one unless held_out is 0, and never all.
+    Prints a table, and writes what it returns as JSON into the folder `config.out`: result.json, or
+    evaluation.json for --evaluate. "official" and "fast" hold the held-out accuracy of every
+    classifier tried, the one selected, and its "top1" and "top5" on the test images, in percent.
+    The selected classifiers are stored in official/ and fast/, see
+    `ssl_xcit.evaluation.linear_file`. With torchrun the ranks share the images, and rank 0 reports.
+
+    The same command continues a killed evaluation. Raises UserError for what the user can correct:
+    images that are missing or do not belong together, a checkpoint that is no backbone or is for
+    other images, the output folder of another evaluation, a classifier that does not fit.
     """
-    images = torch.arange(num_images)
-    count = min(max(round(held_out * num_images), int(held_out > 0)), num_images - 1)
-    order = draws.stream(seed, 0, images, SPLIT_STREAM).argsort(stable=True)
-    return order[count:].sort().values, order[:count].sort().values
+    measure = _test_stored if config.evaluate else _choose_and_test
+    name = "evaluation.json" if config.evaluate else "result.json"
+    out = Path(config.out) / name if config.out else ""
+    return run_evaluation(lambda ranks: measure(config, ranks), config.device, out)
 
 
-class LinearGrid:
-    """A classifier for every pair of a kind of feature and a learning rate, trained at once.
-
-    Each does what it would do alone: SGD on the mean cross-entropy of a batch,
-
-        v <- 0.9 v + gradient,    w <- w - lr v,
-
-    without weight decay, from weights drawn from N(0, 0.01^2) by `seed` and biases 0, so those of
-    one kind all start alike. One that diverges leaves the others as they are. Ranks share a batch:
-    the gradient is the mean of theirs.
-
-    Args:
-        sizes: kind of feature -> its length d.
-        lrs: learning rates, the same for every kind.
-        num_classes: c; labels are 0 .. c - 1.
-    """
-
-    def __init__(
-        self,
-        sizes: Mapping[str, int],
-        lrs: Sequence[float],
-        num_classes: int,
-        seed: int,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        self.entries = [(kind, lr) for kind in sizes for lr in lrs]
-        self._lrs = torch.tensor(lrs, dtype=dtype, device=device)
-        self._weights, self._biases = {}, {}  # kind -> (l, c, d) and (l, c)
-        for kind, size in sizes.items():
-            generator = torch.Generator().manual_seed(seed)
-            weight = INITIAL_STD * torch.randn(num_classes, size, generator=generator)
-            self._weights[kind] = weight.to(device, dtype).repeat(len(lrs), 1, 1)
-            self._biases[kind] = torch.zeros(len(lrs), num_classes, dtype=dtype, device=device)
-        self._momenta = {
-            kind: (torch.zeros_like(self._weights[kind]), torch.zeros_like(self._biases[kind]))
-            for kind in sizes
-        }
-
-    @torch.no_grad()
-    def step(
-        self,
-        features: Mapping[str, Float[Tensor, "b _"]],
-        labels: Int64[Tensor, " b"],
-        decay: float,
-    ) -> Float[Tensor, " entries"]:
-        """One step of all entries at `decay` times their learning rates; their losses before it."""
-        rows = torch.arange(len(labels), device=labels.device)
-        losses = []
-        for kind, weight in self._weights.items():
-            log_probs = self._logits(kind, features[kind]).log_softmax(dim=2)  # (b, l, c)
-            losses.append(-log_probs[rows, :, labels].mean(dim=0))
-            # The gradient by the logits of a softmax's cross-entropy: probability minus truth
-            error = log_probs.exp()
-            error[rows, :, labels] -= 1
-            error /= len(labels)
-            gradient = (error.flatten(1).T @ features[kind]).view_as(weight)
-            rates = decay * self._lrs
-            for parameter, momentum, change, rate in (
-                (weight, self._momenta[kind][0], gradient, rates[:, None, None]),
-                (self._biases[kind], self._momenta[kind][1], error.sum(dim=0), rates[:, None]),
-            ):
-                momentum.mul_(MOMENTUM).add_(distributed.all_reduce_mean(change))
-                parameter.sub_(rate * momentum)
-        return distributed.all_reduce_mean(torch.cat(losses))
-
-    def ranked(self, features: Mapping[str, Float[Tensor, "m _"]]) -> list[Int64[Tensor, "m top"]]:
-        """For each entry the up to five best classes of each image, best first, on the CPU."""
-        return [
-            ranked_classes(*self.classifier(entry), features[kind])
-            for entry, (kind, _) in enumerate(self.entries)
-        ]
-
-    def classifier(self, entry: int) -> tuple[Float[Tensor, "c d"], Float[Tensor, " c"]]:
-        """Weight and bias of an entry."""
-        kind, place = self.entries[entry][0], entry % len(self._lrs)
-        return self._weights[kind][place], self._biases[kind][place]
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Everything that changes."""
-        return {
-            f"{kind}/{name}": tensor
-            for kind, momenta in self._momenta.items()
-            for name, tensor in zip(
-                ("weight", "bias", "weight_momentum", "bias_momentum"),
-                (self._weights[kind], self._biases[kind], *momenta),
-                strict=True,
-            )
-        }
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from `state`."""
-        for name, tensor in self.state_dict().items():
-            tensor.copy_(state[name])
-
-    def _logits(self, kind: str, features: Float[Tensor, "b d"]) -> Float[Tensor, "b l c"]:
-        weight, bias = self._weights[kind], self._biases[kind]
-        return (features @ weight.flatten(0, 1).T).unflatten(1, bias.shape) + bias
+def _choose_and_test(config: LinearConfig, ranks: Distributed) -> Result:
+    start = time.perf_counter()
+    config = settled(config, ranks, stored_precision(Path(config.out) / "config.yaml"))
+    material = _prepare(config, ranks)
+    protocols = {"fast": fit_fast, "official": train_official}
+    found, classifiers = {}, {}
+    for name, protocol in protocols.items():
+        if config.mode in (name, "both"):
+            found[name], weight, bias = protocol(material)
+            facts = _classifier_facts(material, name, found[name]["selected"])
+            classifiers[name] = Classifier(weight, bias, facts)
+            if ranks.rank == 0:
+                save_classifier(Path(config.out) / name, classifiers[name])
+    # Every choice is made and stored: only now are the test images opened.
+    test = material.extraction.open(config.test, material.train)
+    for name, top1, top5 in _accuracies(material.extraction, test, classifiers):
+        found[name] |= {"top1": top1, "top5": top5}
+    facts = {
+        **material.extraction.facts(),
+        **describe_machine(ranks),
+        "train": describe_images(material.train),
+        "test": describe_images(test),
+        "classes": material.num_classes,
+        "held_out": {
+            "share": config.held_out,
+            "images": len(material.held_out),
+            "seed": config.seed,
+        },
+        **found,
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+    heading = [
+        f"linear classification: {describe_subject(facts)}",
+        f"{len(test):,} test images, {material.num_classes:,} classes, "
+        f"{len(material.train):,} training images, of which {len(material.held_out):,} held out to "
+        "choose",
+    ]
+    order = [name for name in ("official", "fast") if name in found]
+    rows = [row for name in order for row in _rows(name, found[name])]
+    return Result(facts, heading, COLUMNS, rows)
 
 
-class Fit(NamedTuple):
-    """A fitted classifier, float64, and how well the fit went."""
+def _prepare(config: LinearConfig, ranks: Distributed) -> Material:
+    """Open and check what to learn from, and claim the output folder for this evaluation."""
+    if config.mode != "fast" and Path(config.train).is_dir():
+        raise UserError(
+            f"--mode {config.mode} learns from random views, which need a .beton file, but "
+            f"{config.train} is a folder: write a file of it (ssl-xcit data write "
+            f"{config.train} train.beton), or take --mode fast"
+        )
+    if not Path(config.test).exists():  # opened at the very end, but missed now
+        raise UserError(f"no images at {config.test}: --test takes a .beton or a folder")
+    if config.batch_size % ranks.world_size:
+        raise UserError(
+            f"batch_size must be a multiple of the {ranks.world_size} ranks, got "
+            f"{config.batch_size}"
+        )
+    extraction = _extraction(config, ranks, config.train)
+    train = extraction.open(config.train)
+    fit, held_out = split(len(train), config.held_out, config.seed)
+    if config.held_out and len(held_out) < ranks.world_size:
+        raise UserError(
+            f"{len(held_out)} of the images of {train.path} are held out, fewer than the "
+            f"{ranks.world_size} ranks: raise --held_out, or start fewer ranks"
+        )
+    if ranks.rank == 0:
+        _claim(Path(config.out), config, extraction.subject, train)
+    distributed.barrier()
+    extraction.subject.backbone.to(ranks.device).requires_grad_(False)
+    return Material(config, extraction, train, _count_classes(train), fit, held_out)
 
-    weight: Float[Tensor, "c d"]
-    bias: Float[Tensor, " c"]
-    iterations: int
-    gradient: float  # largest entry of the objective's gradient at the end
+
+def _extraction(config: LinearConfig, ranks: Distributed, images: str) -> Extraction:
+    """How features are made; an untrained network has the channels of `images`."""
+    batch_size = max(1, config.batch_size // ranks.world_size)
+    return Extraction(config, ranks, batch_size, images)
 
 
-class LogisticRegression:
-    """Multinomial logistic regression on standardised features, by L-BFGS in float64.
+def _count_classes(images: Images) -> int:
+    """By their names, else by the largest label."""
+    return len(images.class_names) if images.class_names else int(images.labels.max()) + 1
 
-    With z = (x - mean) / std of each of the d features over the n images (std 1 where it is 0),
 
-        minimise over W, b:   mean_i -log softmax(W z_i + b)[y_i]  +  l2 / 2 |W|^2
-
-    which is scikit-learn's objective at C = 1 / (l2 n) behind its StandardScaler. `fit` returns
-    the classifier for x itself: W / std and b - W (mean / std).
-
-    Ranks share the images: each gives rows of its own, and all get the same fit.
-    """
-
-    def __init__(
-        self,
-        features: Float[Tensor, "n d"],
-        labels: Int64[Tensor, " n"],
-        num_classes: int,
-        device: torch.device,
-    ) -> None:
-        # Where there are many, float32 is kept as it is, and only a chunk at a time is wider.
-        self._kept = None
-        self.features, self.labels = features.to(device), labels.to(device)
-        self.num_classes = num_classes
-        counts = distributed.gather_variable(torch.tensor([len(labels)]))
-        self._scale = len(counts) / counts.sum().item()  # makes a mean over ranks one over images
-        zeros = torch.zeros(features.shape[1], dtype=torch.float64, device=device)
-        self.mean, self.std = zeros, torch.ones_like(zeros)
-        self.mean = self._mean(sum((z.sum(dim=0) for z, _ in self._chunks()), zeros))
-        std = self._mean(sum((z.square().sum(dim=0) for z, _ in self._chunks()), zeros)).sqrt()
-        # Of a constant feature rounding may leave a little, which must not be blown up.
-        self.std = torch.where(std > 1e-12 * self.mean.abs(), std, 1.0)
-        self._kept = list(self._chunks()) if self.features.numel() <= KEPT else None
-
-    def fit(
-        self, l2: float, iterations: int = 300, tolerance: float = 1e-5, start: Fit | None = None
-    ) -> Fit:
-        """The minimum for `l2`, until no entry of the gradient exceeds `tolerance`.
-
-        Begins at `start`, a fit of the same or of similar features, or at zero.
-        """
-        weight = self.mean.new_zeros(self.num_classes, len(self.mean))
-        bias = self.mean.new_zeros(self.num_classes)
-        if start is not None:
-            weight += start.weight * self.std
-            bias += start.bias + start.weight @ self.mean
-        optimizer = torch.optim.LBFGS(
-            [weight, bias],
-            max_iter=iterations,
-            max_eval=10 * iterations,
-            tolerance_grad=tolerance,
-            tolerance_change=1e-16,
-            line_search_fn="strong_wolfe",
+def _claim(out: Path, config: LinearConfig, subject: Subject, train: Images) -> None:
+    """Claim the folder for this evaluation. Raises UserError if it belongs to another."""
+    described = out / "config.yaml"
+    facts = {
+        "format": FORMAT,
+        "backbone": fingerprint(subject.backbone.state_dict()),
+        "images": [train.num_samples, zlib.crc32(np.ascontiguousarray(train.labels))],
+    }
+    if not described.exists():
+        write_result(facts, out / "linear_run.json")
+        save_config(config, described)
+        return
+    try:
+        stored = json.loads((out / "linear_run.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot use the folder {out}: {error}; choose another --out") from error
+    differences = config_differences(read_config(LinearConfig, described), config)
+    differences = [line for line in differences if line.split(":")[0] not in MAY_CHANGE]
+    differences += [
+        f"{name}: {stored.get(name)} -> {value}"
+        for name, value in facts.items()
+        if stored.get(name) != value
+    ]
+    if differences:
+        raise UserError(
+            f"{out} belongs to another evaluation ({'; '.join(differences)}); choose another --out,"
+            " or repeat its own settings to continue it (backbone: name the step, "
+            "--checkpoint RUN/checkpoints/step_...)"
         )
 
-        @torch.no_grad()
-        def objective() -> Float[Tensor, ""]:
-            loss, weight.grad, bias.grad = self._objective(weight, bias, l2)
-            return loss
 
-        optimizer.step(objective)
-        objective()
-        gradient = max(weight.grad.abs().max().item(), bias.grad.abs().max().item())
-        raw = weight / self.std
-        return Fit(raw, bias - raw @ self.mean, optimizer.state[weight]["n_iter"], gradient)
-
-    def _objective(
-        self, weight: Float[Tensor, "c d"], bias: Float[Tensor, " c"], l2: float
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, "c d"], Float[Tensor, " c"]]:
-        """The objective and its gradients."""
-        loss = torch.zeros((), dtype=weight.dtype, device=weight.device)
-        by_weight, by_bias = torch.zeros_like(weight), torch.zeros_like(bias)
-        for z, labels in self._chunks():
-            log_probs = (z @ weight.T + bias).log_softmax(dim=1)
-            rows = torch.arange(len(labels), device=labels.device)
-            loss -= log_probs[rows, labels].sum()
-            error = log_probs.exp_()
-            error[rows, labels] -= 1
-            by_weight += error.T @ z
-            by_bias += error.sum(dim=0)
-        loss, by_weight, by_bias = map(self._mean, (loss, by_weight, by_bias))
-        return loss + l2 / 2 * weight.square().sum(), by_weight + l2 * weight, by_bias
-
-    def _chunks(self) -> Iterator[tuple[Float[Tensor, "m d"], Int64[Tensor, " m"]]]:
-        """(standardised rows, their labels), CHUNK at a time."""
-        if self._kept is not None:
-            yield from self._kept
-            return
-        for x, y in zip(self.features.split(CHUNK), self.labels.split(CHUNK), strict=True):
-            yield (x.double() - self.mean) / self.std, y
-
-    def _mean(self, total: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """The mean over all ranks' images of what sums up to `total` over this rank's."""
-        return distributed.all_reduce_mean(total) * self._scale
+def _accuracies(
+    extraction: Extraction, test: Images, classifiers: Mapping[str, Classifier]
+) -> Iterator[tuple[str, float, float]]:
+    """(name, top-1, top-5) of each classifier, from one pass over the test images."""
+    kinds = dict.fromkeys(classifier.facts["features"] for classifier in classifiers.values())
+    found = cached_features(extraction, test, list(kinds))
+    for name, classifier in classifiers.items():
+        features, labels, _ = found[classifier.facts["features"]]
+        # float32, as it is stored: the stored classifier must give the same accuracy again
+        weight, bias = (part.to(extraction.ranks.device, torch.float32) for part in classifier[:2])
+        yield name, *accuracy(ranked_classes(weight, bias, features), labels)
 
 
-def ranked_classes(
-    weight: Float[Tensor, "c d"], bias: Float[Tensor, " c"], features: Float[Tensor, "m d"]
-) -> Int64[Tensor, "m top"]:
-    """The min(5, c) best classes of each image, best first, on the CPU."""
-    top = min(5, len(weight))
-    parts = [
-        (chunk.to(weight.device, weight.dtype) @ weight.T + bias).topk(top, dim=1).indices.cpu()
-        for chunk in features.split(CHUNK)
+def _test_stored(config: LinearConfig, ranks: Distributed) -> Result:
+    """--evaluate: test a stored classifier, if it belongs to this network and these images."""
+    start = time.perf_counter()
+    path = Path(config.evaluate)
+    classifier = load_classifier(path)
+    config = settled(config, ranks, classifier.facts.get("precision"))
+    extraction = _extraction(config, ranks, config.test)
+    test = extraction.open(config.test)
+    ours = bool(classifier.facts)
+    if ours:
+        _check_facts(path, classifier, extraction, test)
+    else:
+        classifier = classifier._replace(facts={"features": "cls"})
+    kind = classifier.facts["features"]
+    classes, size = classifier.weight.shape
+    expected = FEATURES[kind] * extraction.subject.backbone.embed_dim
+    if size != expected:
+        raise UserError(
+            f"{path} is for {size} features, the network has {expected}: take the network that it "
+            "was trained on"
+        )
+    if classes != _count_classes(test):
+        raise UserError(
+            f"{path} has {classes} classes, {test.path} has {_count_classes(test)}: take images of "
+            "the same classes"
+        )
+    ((_, top1, top5),) = _accuracies(extraction, test, {"": classifier})
+    facts = {
+        **extraction.facts(),
+        **describe_machine(ranks),
+        "test": describe_images(test),
+        "classes": classes,
+        "evaluated": {
+            "classifier": str(path.absolute()),
+            "features": kind,
+            "backbone_checked": ours,
+            "top1": top1,
+            "top5": top5,
+        },
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+    heading = [
+        f"linear classification: {describe_subject(facts)}",
+        f"{path.absolute()}, features {kind}",
+        f"{len(test):,} test images, {classes:,} classes",
     ]
-    return torch.cat(parts)
+    if not ours:
+        heading.append("the file does not say which network it is for: only its size was checked")
+    return Result(facts, [*heading, f"top-1 {top1:.2f} %, top-5 {top5:.2f} %"])
+
+
+def _check_facts(path: Path, classifier: Classifier, extraction: Extraction, test: Images) -> None:
+    """Raise UserError unless `classifier` is for this network, these classes and this view."""
+    facts = classifier.facts
+    if facts["backbone"] != fingerprint(extraction.subject.backbone.state_dict()):
+        raise UserError(
+            f"{path} was trained on another network ({facts['trained_on']}): take that network"
+        )
+    transform = extraction.facts()["transform"]
+    odd = [name for name, value in transform.items() if facts["transform"].get(name) != value]
+    if odd:
+        flags = (f"--{name} {facts['transform'].get(name)}" for name in odd)
+        raise UserError(f"{path} was trained with {' '.join(flags)}: give the same here")
+    names = None if test.class_names is None else list(test.class_names)
+    if facts["class_names"] and names and facts["class_names"] != names:
+        odd = sorted(set(facts["class_names"]) ^ set(names)) or ["only their order"]
+        raise UserError(
+            f"{test.path} has other classes than {path} was trained on (different: "
+            f"{', '.join(odd[:5])})"
+        )
+
+
+def _classifier_facts(material: Material, mode: str, selected: dict) -> dict:
+    """What linear.json says."""
+    names, subject = material.train.class_names, material.extraction.subject
+    return {
+        "mode": mode,
+        "features": selected["features"],
+        "selected": selected,
+        "arch": subject.facts["arch"],
+        "trained_on": describe_subject(subject.facts),
+        "backbone": fingerprint(subject.backbone.state_dict()),
+        "classes": material.num_classes,
+        "class_names": None if names is None else list(names),
+        "transform": material.extraction.facts()["transform"],
+        "precision": material.config.precision,
+    }
+
+
+def _rows(name: str, found: dict) -> Iterator[list[str]]:
+    """The rows of a protocol's grid."""
+    for row in found["grid"]:
+        value, top1 = row.get("lr", row.get("l2")), row.get("held_out_top1")
+        held_out = "diverged" if row.get("diverged") else "" if top1 is None else f"{top1:.2f}"
+        measured = [found["top1"], found["top5"]] if row is found["selected"] else []
+        test = [f"{percent:.2f}" for percent in measured] or ["", ""]
+        note = "" if row.get("converged", True) else "   not converged: raise --iterations"
+        yield [name, row["features"], f"{value:g}", held_out, *test, note]

@@ -1,15 +1,74 @@
-"""Results of evaluations: what they have in common, and how they are stored."""
+"""What every evaluation reports: a `Result`, printed as a table and stored as one JSON file."""
 
 import importlib.metadata
 import json
-import os
 import platform
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ssl_xcit.data.datasets import Images
-from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.data.views import EvalView
+from ssl_xcit.runtime import distributed
+from ssl_xcit.runtime.distributed import Distributed
+from ssl_xcit.runtime.files import write_text
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an evaluation measured, and everything that decided it."""
+
+    facts: dict
+    """The content of the JSON file."""
+    heading: Sequence[str] = ()
+    """Lines above the table: which network, which images."""
+    columns: Sequence[tuple[str, int]] = ()
+    """Title and width of each column, see `table`."""
+    rows: Iterable[Sequence[str]] = ()
+    """The cells of the table."""
+    notes: Sequence[str] = ()
+    """Lines below the table."""
+
+    def report(self, out: str | Path = "") -> dict:
+        """Print the result, store its facts in `out` unless that is empty, and return them."""
+        lines = table(self.columns, self.rows) if self.columns else []
+        print("\n".join([*self.heading, *lines, *self.notes]))
+        if out:
+            write_result(self.facts, out)
+        return self.facts
+
+
+def run_evaluation(
+    measure: Callable[[Distributed], Result], device: str, out: str | Path = ""
+) -> dict:
+    """The body of an evaluation's command: all ranks measure, and rank 0 reports.
+
+    Returns the facts of the result on every rank.
+    """
+    ranks = distributed.setup(device)
+    try:
+        result = measure(ranks)
+    finally:
+        distributed.teardown()
+    return result.report(out) if ranks.rank == 0 else result.facts
+
+
+def table(columns: Sequence[tuple[str, int]], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table: a head, then the rows.
+
+    Cells are aligned to the right within their column's width, to the left if that is negative.
+    What a row has beyond the columns follows as it is.
+    """
+    lines = []
+    for row in ([title for title, _ in columns], *rows):
+        cells = [
+            cell.rjust(width) if width > 0 else cell.ljust(-width)
+            for cell, (_, width) in zip(row, columns, strict=False)
+        ]
+        lines.append("".join([*cells, *row[len(columns) :]]).rstrip())
+    return lines
 
 
 def describe_images(images: Images) -> dict:
@@ -21,17 +80,34 @@ def describe_images(images: Images) -> dict:
     }
 
 
-def describe_software() -> dict:
-    """Versions that decide what an evaluation computes."""
+def describe_view(
+    view: EvalView, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> dict:
+    """How images are cut and normalised (None: they are not)."""
     return {
-        "ssl_xcit": importlib.metadata.version("ssl_xcit"),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        "resize": view.resize,
+        "crop": view.crop,
+        "interpolation": view.interpolation,
+        "mean": None if mean is None else list(mean),
+        "std": None if std is None else list(std),
+    }
+
+
+def describe_machine(ranks: Distributed) -> dict:
+    """Where an evaluation ran, and the versions that decide what it computes."""
+    return {
+        "device": str(ranks.device),
+        "ranks": ranks.world_size,
+        "versions": {
+            "ssl_xcit": importlib.metadata.version("ssl_xcit"),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
     }
 
 
 def describe_subject(facts: dict) -> str:
-    """A subject's facts in words."""
+    """A network's facts in words."""
     return {
         "checkpoint": "{arch}, {role} of {checkpoint}",
         "random_init": "{arch}, untrained (seed {seed})",
@@ -44,11 +120,4 @@ def write_result(result: dict, path: str | Path) -> None:
 
     Raises UserError when the disk refuses.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(result, indent=1) + "\n")
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another --out") from error
+    write_text(Path(path), json.dumps(result, indent=1) + "\n")

@@ -1,17 +1,22 @@
-"""Texts of the supervised evaluation: the table of published models, one result, many results."""
+"""Tables of the supervised evaluation: the published models, and the results of a folder."""
 
 import torch
 
 from ssl_xcit.checkpoints.zoo import zoo
+from ssl_xcit.evaluation.results import Result
 from ssl_xcit.models.flops import count_operations, count_parameters
 from ssl_xcit.models.variants import ARCHITECTURES
 from ssl_xcit.models.xcit import build_xcit
 
+COLUMNS = (("model", -47), ("ours", 12), ("published", 13), ("ours", 15), ("published", 14))
+COLUMNS += (("top-1", 9), ("top-5", 8))
+GROUPS = f"{'':47}{'parameters':>25}  {'FLOPs (multiply-adds), 10^6':>27}  {'published %':>15}"
 
-def compare_zoo() -> dict:
+
+def compare_zoo() -> Result:
     """Parameters and FLOPs of our own networks beside those of every published model.
 
-    "models" has a row for each, "equal" says in how many of them both are the published integers.
+    "models" has a row for each, "equal" counts those where both are the published integers.
     """
     with torch.device("meta"):
         networks = {arch: build_xcit(arch) for arch in ARCHITECTURES}
@@ -35,50 +40,21 @@ def compare_zoo() -> dict:
                 "sha8": row.sha8,
             }
         )
-    return {"models": rows, "equal": sum(row["equal"] for row in rows)}
+    equal = sum(row["equal"] for row in rows)
+    summary = f"parameters and FLOPs equal to the published integers: {equal} of {len(rows)}"
+    facts = {"models": rows, "equal": equal}
+    return Result(facts, [GROUPS], COLUMNS, map(_cells, rows), [summary])
 
 
-def zoo_text(table: dict) -> str:
-    """The result of `compare_zoo` as a table."""
-    lines = [
-        f"{'':47}{'parameters':>25}  {'FLOPs (multiply-adds), 10^6':>27}  {'published %':>15}",
-        f"{'model':47}{'ours':>12} {'published':>12}  {'ours':>13} {'published':>13}  "
-        f"{'top-1':>7} {'top-5':>7}",
+def _cells(row: dict) -> list[str]:
+    """A published model's row."""
+    return [
+        row["model"],
+        *(f"{row[key]:,}" for key in ("params", "published_params")),
+        *(f"{row[key] / 1e6:,.3f}" for key in ("flops", "published_flops")),
+        *(f"{row[key]:.2f}" for key in ("top1", "top5")),
+        "" if row["equal"] else "  DIFFERENT",
     ]
-    for row in table["models"]:
-        flops = [f"{row[key] / 1e6:>13,.3f}" for key in ("flops", "published_flops")]
-        lines.append(
-            f"{row['model']:47}{row['params']:>12,} {row['published_params']:>12,}  "
-            f"{' '.join(flops)}  {row['top1']:>7.2f} {row['top5']:>7.2f}"
-            + ("" if row["equal"] else "  DIFFERENT")
-        )
-    count = len(table["models"])
-    lines.append(
-        f"parameters and FLOPs equal to the published integers: {table['equal']} of {count}"
-    )
-    return "\n".join(lines)
-
-
-def result_text(result: dict) -> str:
-    """One evaluation as a table."""
-    view = result["preprocess"]
-    shape = f"central {view['crop']} of short side" if view["crop"] else "square of side"
-    name = result["model"] or "no published model"
-    lines = [
-        f"{name}: {result['arch']}, {result['role']} of {result['checkpoint']}",
-        f"{result['images']:,} images, {view['name']} ({shape} {view['resize']}, "
-        f"{view['interpolation']}), {result['precision']}",
-    ]
-    for key, title in (("top1", "top-1"), ("top5", "top-5")):
-        low, high = result[f"{key}_interval"]
-        line = f"{title} {result[key]:6.2f} %  (95 % Wilson interval {low:.2f} to {high:.2f})"
-        if result["published"]:
-            line += (
-                f"  published {result['published'][key]:.2f}, difference "
-                f"{result['difference'][key]:+.2f}"
-            )
-        lines.append(line)
-    return "\n".join([*lines, *(f"warning: {warning}" for warning in result["warnings"])])
 
 
 def results_markdown(report: dict) -> str:

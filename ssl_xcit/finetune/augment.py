@@ -1,13 +1,14 @@
-"""Augmentations of finished views, image by image, from counter-based keys (`draws`).
+"""Augmentations of finished views: RandAugment, mixup and CutMix, random erasing.
 
-What they do to an image depends on its key alone: not on the batch, rank or history.
+Each is a pure function of its arguments and of counter-based keys (`draws`): what it does does not
+depend on rank or history, and what is done to a single image not on the rest of the batch.
 """
 
 import math
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float32, Int64, UInt8
+from jaxtyping import Float, Float32, Int64, UInt8
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -21,9 +22,9 @@ APPLY, TOP, LEFT, NOISE = 0, 1 + 2 * TRIES, 2 + 2 * TRIES, 64
 class RandAugment:
     """RandAugment (Cubuk et al., 2020) by torchvision, on bytes.
 
-    XCiT's is timm's "rand-m9-mstd0.5-inc1". This one has torchvision's operations and ranges of
-    strength, always `magnitude` (of 30) instead of a normal draw around it, bilinear rotations and
-    shears, and the mean colour where nothing of the image is left.
+    XCiT uses timm's "rand-m9-mstd0.5-inc1". This one has torchvision's operations and ranges, the
+    fixed `magnitude` (of 30) where timm draws around it, bilinear rotations and shears, and fills
+    what they uncover with the mean colour.
     """
 
     def __init__(self, operations: int, magnitude: int, mean: Sequence[float]) -> None:
@@ -37,7 +38,7 @@ class RandAugment:
     def __call__(
         self, images: UInt8[Tensor, "b c h w"], keys: Int64[Tensor, "b"]
     ) -> UInt8[Tensor, "b c h w"]:
-        """Each image with the operations that its key draws; `keys` on the CPU."""
+        """Apply to each image the operations drawn by its key; `keys` are on the CPU."""
         with torch.random.fork_rng(devices=[]):
             augmented = []
             for image, key in zip(images, keys.tolist(), strict=True):
@@ -46,15 +47,54 @@ class RandAugment:
         return torch.stack(augmented)
 
 
+class Mixing:
+    """torchvision's mixup and CutMix: mix each image and its target with the one before it.
+
+    mixup (Zhang et al., 2018): lambda x_i + (1 - lambda) x_{i-1}, lambda ~ Beta(a, a).
+    CutMix (Yun et al., 2019): a rectangle of about 1 - lambda of the area from x_{i-1}; the target
+    has its exact share. The first image is mixed with the last.
+
+    The kind, lambda and the rectangle are drawn once for the whole batch, as in timm's "batch"
+    mode, by torch's CPU generator, which is seeded by the batch's key and restored afterwards: a
+    CPU and a GPU mix alike.
+
+    Args:
+        num_classes: length of a target.
+        mixup, cutmix: the a of either; 0 = never.
+        prob: of mixing.
+        switch_prob: of CutMix, if both are on.
+    """
+
+    def __init__(
+        self, num_classes: int, mixup: float, cutmix: float, prob: float, switch_prob: float
+    ) -> None:
+        self.num_classes = num_classes
+        self.mixup = v2.MixUp(alpha=mixup, num_classes=num_classes) if mixup else None
+        self.cutmix = v2.CutMix(alpha=cutmix, num_classes=num_classes) if cutmix else None
+        self.prob = prob if mixup or cutmix else 0.0
+        self.switch_prob = switch_prob if mixup and cutmix else float(cutmix > 0)
+
+    def __call__(
+        self, images: Float[Tensor, "b c h w"], labels: Int64[Tensor, "b"], key: int
+    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b classes"]]:
+        """The mixed images and their targets, rows that sum to 1."""
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(key)  # torch.manual_seed would touch the GPU's too
+            mixes, cuts = torch.rand(2).tolist()
+            if mixes >= self.prob:
+                return images, torch.nn.functional.one_hot(labels, self.num_classes).float()
+            return (self.cutmix if cuts < self.switch_prob else self.mixup)(images, labels)
+
+
 def random_erase(
     images: Float32[Tensor, "b c h w"], keys: Int64[Tensor, "b"], probability: float
 ) -> Float32[Tensor, "b c h w"]:
     """Random erasing (Zhong et al., 2020), in place: a rectangle becomes normal noise per pixel.
 
-    As timm's "pixel" mode: an area of 2 % to 1/3 of the image, a ratio of height to width whose
-    logarithm is uniform between those of 0.3 and 1 / 0.3, the first of ten tries that fits (none:
-    the image stays). `images` are normalised, `keys` on the CPU: all decisions are taken there,
-    and only the rectangles' noise on the images' device.
+    As in timm's "pixel" mode, the rectangle has an area of 2 % to 1/3 of the image and a ratio of
+    height to width that is log-uniform in [0.3, 1 / 0.3]. The first of ten tries that fits is
+    taken; if none fits, the image stays. `images` are normalised. `keys` are on the CPU, where all
+    is decided; only the noise is drawn on the device of the images.
     """
     height, width = images.shape[2:]
     drawn = draws.uniform(keys, torch.arange(NOISE)[:, None]).T.tolist()  # b x counters

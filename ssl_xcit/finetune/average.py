@@ -1,4 +1,4 @@
-"""A moving average of a network's weights, to be evaluated in its place."""
+"""A moving average of the weights, evaluated in their place."""
 
 import copy
 
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 class WeightAverage:
     """average = decay average + (1 - decay) weights, once per step; it starts as a copy.
 
-    Parameters and BatchNorm's running statistics alike, as timm's ModelEma; BatchNorm's counters
-    are copied. Nothing corrects for the start: after n steps it still holds decay^n of the weights
-    that the training began with, so a decay fits runs of several times 1 / (1 - decay) steps.
+    It covers parameters and BatchNorm's running statistics, as timm's ModelEma does; BatchNorm's
+    counters are copied. The start is not corrected for: after n steps decay^n of the initial
+    weights remain, so a run should take several times 1 / (1 - decay) steps.
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
@@ -21,7 +21,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, network: nn.Module, skip: Bool[Tensor, ""] | None = None) -> None:
-        """Move towards `network`, except where `skip` is true; a GPU is not waited for."""
+        """Move towards `network`, unless `skip` is true; does not wait for a GPU."""
         if skip is not None and skip.device.type == "cpu":
             if skip:
                 return

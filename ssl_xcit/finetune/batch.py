@@ -1,10 +1,10 @@
-"""From the loader's bytes to what fine-tuning's network sees: a pure function of its arguments.
+"""From the loader's bytes to the network's input: a pure function of its arguments.
 
-A view is made in this order: crop, flip (and 3-Augment) by the loader, RandAugment, normalisation,
-mixup or CutMix, random erasing. Each random draw is a function of (seed, epoch, image, view), but
-mixing's: of (seed, step, the micro-batch's place in the global batch). So a run resumes exactly,
-and ranks and accumulation may be exchanged for each other; the size of a micro-batch may not,
-because images are mixed within one.
+Views are made in this order: crop, flip (and 3-Augment) by the loader, RandAugment, normalisation,
+mixup or CutMix, random erasing. Every random draw is a function of (seed, epoch, image, view);
+those of mixing are functions of (seed, step, place of the micro-batch in the global batch). So a
+run resumes exactly, and ranks can be traded for accumulation steps. The size of a micro-batch must
+stay, because images are mixed within one.
 """
 
 from typing import NamedTuple
@@ -17,13 +17,9 @@ from torch import Tensor
 from ssl_xcit.data.loader import labels_at
 from ssl_xcit.data.pixels import normalise
 from ssl_xcit.data.views import Recipe, supervised_views, three_augment_views
-from ssl_xcit.finetune.augment import RandAugment, random_erase
+from ssl_xcit.finetune.augment import Mixing, RandAugment, random_erase
 from ssl_xcit.finetune.config import FinetuneConfig
-from ssl_xcit.finetune.mixing import Mixing
 from ssl_xcit.runtime import draws
-
-# Views numbered from these have their draws: not those of the crops, and not each other's
-DROP_PATH_STREAM, MIXING_STREAM, RANDAUGMENT_STREAM, ERASING_STREAM = 1_000, 2_000, 3_000, 4_000
 
 
 class Prepared(NamedTuple):
@@ -69,10 +65,7 @@ class Preparation:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the loader is to make: as pretraining, floats on the CPU and bytes to the GPU.
-
-        RandAugment works on bytes.
-        """
+        """What the loader makes: floats on the CPU, bytes for a GPU and for RandAugment."""
         floats = self.device.type == "cpu" and self.randaugment is None
         return torch.float32 if floats else torch.uint8
 
@@ -88,22 +81,22 @@ class Preparation:
             return torch.cat([draws.stream(config.seed, epoch, indices, v) for v in numbers])
 
         if self.randaugment is not None:
-            images = self.randaugment(images, keys(RANDAUGMENT_STREAM))
+            images = self.randaugment(images, keys(draws.RANDAUGMENT))
         if images.dtype == torch.uint8:
             images = normalise(images, *self.statistics)
         labels = labels_at(self.labels, indices.numpy()).repeat(repeats)
-        key = draws.stream(config.seed, step, torch.tensor([place]), MIXING_STREAM).item()
+        key = draws.stream(config.seed, step, torch.tensor([place]), draws.MIXING).item()
         images, targets = self.mixing(images, labels.to(device, non_blocking=True), key)
         if config.views.random_erasing:
-            images = random_erase(images, keys(ERASING_STREAM), config.views.random_erasing)
+            images = random_erase(images, keys(draws.ERASING), config.views.random_erasing)
         drop_path = None
         if config.model.drop_path_rate:
-            drop_path = keys(DROP_PATH_STREAM).to(device, non_blocking=True)
+            drop_path = keys(draws.DROP_PATH).to(device, non_blocking=True)
         return Prepared(images, targets, drop_path)
 
 
 def view_recipe(config: FinetuneConfig) -> Recipe:
-    """The loader's views: `repeated_augment` equal ones, drawn separately."""
+    """The loader's views: `repeated_augment` alike, with random draws of their own."""
     views = config.views
     crop = {
         "size": views.image_size,

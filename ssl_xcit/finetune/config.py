@@ -1,14 +1,15 @@
-"""The configuration of eval/finetune.py; see `ssl_xcit.runtime.config`.
+"""The settings of fine-tuning; see `ssl_xcit.runtime.config`.
 
-The defaults are XCiT's supervised recipe (facebookresearch/xcit's main.py) for whatever is not a
-matter of the data; what differs from it says so.
+The defaults are XCiT's supervised recipe (main.py of facebookresearch/xcit), except for what
+depends on the data; where a default differs, its text says so.
 """
 
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ssl_xcit.data.views import Interpolation
 from ssl_xcit.models.variants import check_arch
-from ssl_xcit.runtime.config import Interpolation, check, check_range
+from ssl_xcit.runtime.config import check, check_range
 from ssl_xcit.runtime.errors import UserError
 from ssl_xcit.training.config import Run
 
@@ -21,10 +22,10 @@ class FinetuneModel:
     """Stochastic depth: the same rate in every block. XCiT: 0 tiny_12, 0.05 small_12, 0.1 small_24,
     0.15 medium_24."""
     keep_head: bool = False
-    """Start from the classifier in --init, which must have as many classes, not from a new one."""
+    """Keep the classifier of --init, which must have as many classes, instead of a new one."""
     ema_decay: float = 0.0
-    """Moving average of the weights, evaluated beside them and reported as the result; 0 = none.
-    (XCiT: 0.99996, stored but never evaluated.)"""
+    """Decay of a moving average of the weights, which is evaluated too and reported as the result;
+    0 = none. (XCiT: 0.99996, stored but never evaluated.)"""
 
     def __post_init__(self) -> None:
         check(self, "in [0, 1)", "drop_path_rate", "ema_decay")
@@ -39,13 +40,13 @@ class Views:
     augment: Literal["3augment", "randaugment", "plain"] = "randaugment"
     """After crop and flip: 3-Augment of DeiT III, RandAugment, or nothing."""
     simple_crop: bool = False
-    """Cut a square out of the image resized to image_size, in place of a random resized crop."""
+    """Crop a square from the image resized to image_size, instead of a random resized crop."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Share of the image's area that a random resized crop covers: low, high."""
     interpolation: Interpolation = "bicubic"
     """How images are resized (antialiased, as Pillow does it)."""
     color_jitter: float = 0.3
-    """3augment: brightness, contrast and saturation by factors from [1 - this, 1 + this]."""
+    """3augment: brightness, contrast and saturation change by factors in [1 - this, 1 + this]."""
     randaugment_ops: int = 2
     """RandAugment: operations per image."""
     randaugment_magnitude: int = 9
@@ -53,12 +54,13 @@ class Views:
     random_erasing: float = 0.25
     """Probability that a rectangle of the view becomes noise."""
     repeated_augment: int = 1
-    """Views of each image in a batch. An epoch still shows as many views as there are images, so
-    with R views one in R images, other ones in each epoch. (XCiT: 3.)"""
+    """Views of each image in a batch. An epoch still has as many views as there are images: with R
+    views each, it shows one in R images, others in each epoch. (XCiT: 3.)"""
     mean: tuple[float, ...] = ()
-    """Subtracted from each channel; by default what --init was trained with, else ImageNet's."""
+    """Subtracted from each channel; by default the mean that --init was trained with, else that of
+    ImageNet."""
     std: tuple[float, ...] = ()
-    """Divides each channel after that; as mean."""
+    """Each channel is divided by this afterwards; default as for mean."""
 
     def __post_init__(self) -> None:
         check(self, ">= 1", "image_size", "randaugment_ops", "repeated_augment")
@@ -73,33 +75,33 @@ class Views:
             )
         if len(self.mean) != len(self.std):
             raise UserError(
-                f"give mean and std one number per channel each, got {len(self.mean)} and "
+                f"mean and std need one number per channel each, got {len(self.mean)} and "
                 f"{len(self.std)}"
             )
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What the network is to answer"""
+    """Targets of the loss"""
 
     label_smoothing: float = 0.1
-    """Share of the target that is spread over all classes."""
+    """Share of the target spread over all classes."""
     mixup: float = 0.8
     """Mixup: lambda ~ Beta(this, this); 0 = none."""
     cutmix: float = 1.0
     """CutMix: lambda ~ Beta(this, this); 0 = none."""
     mix_prob: float = 1.0
-    """Probability that a micro-batch is mixed at all."""
+    """Probability that a micro-batch is mixed."""
     mix_switch_prob: float = 0.5
-    """Probability of CutMix rather than mixup, where both are on."""
+    """Probability of CutMix rather than mixup, if both are on."""
     distill: Literal["none", "hard", "soft"] = "none"
-    """Learn from a teacher too: its most likely class, or its probabilities."""
+    """Also learn from a teacher: its most likely class (hard) or its probabilities (soft)."""
     teacher: str = ""
     """The teacher's weights: an XCiT with its classifier, or a file for --teacher_arch."""
     teacher_arch: str = ""
-    """torchvision:NAME (such as torchvision:regnet_y_16gf) for a model of torchvision's."""
+    """torchvision:NAME for a torchvision model, such as torchvision:regnet_y_16gf."""
     distill_alpha: float = 0.5
-    """Weight of the teacher's part of the loss; the labels have the rest."""
+    """Weight of the distillation loss; that of the labels has the rest."""
     distill_temp: float = 1.0
     """soft: temperature of both softmaxes."""
 
@@ -115,8 +117,8 @@ class Targets:
             )
         if self.teacher_arch and not self.teacher_arch.startswith("torchvision:"):
             raise UserError(
-                f"teacher_arch must be torchvision:NAME, got {self.teacher_arch}; an XCiT teacher "
-                "needs none"
+                f"teacher_arch must be torchvision:NAME, got {self.teacher_arch}; leave it out for "
+                "an XCiT teacher"
             )
 
 
@@ -127,7 +129,7 @@ class FinetuneOptim:
     lr: float = 5e-4
     """Peak learning rate for a global batch of lr_batch; scaled linearly with the global batch."""
     lr_batch: int = 512
-    """The global batch that lr is for."""
+    """The global batch that lr is meant for."""
     min_lr: float = 1e-5
     """Learning rate at the end (cosine), not scaled."""
     warmup_lr: float = 1e-6
@@ -135,9 +137,9 @@ class FinetuneOptim:
     warmup_epochs: int = 5
     """Epochs of linear warm-up."""
     weight_decay: float = 0.05
-    """Of all but vectors, biases and the cls token."""
+    """Weight decay of all parameters but vectors, biases and the cls token."""
     layer_decay: float = 1.0
-    """Each layer below the head learns this factor slower than the one above; 1 = all alike."""
+    """Learning rate of each layer over that of the layer above it; 1 = all equal."""
     clip_grad: float = 0.0
     """Largest gradient norm; 0 = no clipping."""
     clip_mode: Literal["parameter", "global"] = "global"
@@ -165,7 +167,8 @@ class Evaluation:
     eval_size: int = 0
     """Side of the central crop, pixels; 0 = image_size."""
     eval_resize: int = 0
-    """Shorter side before it, pixels; 0 = eval_size: the whole short side, XCiT's --full_crop."""
+    """Shorter side before the crop, pixels; 0 = eval_size, which keeps the whole short side (XCiT's
+    --full_crop)."""
     eval_batch: int = 128
     """Images per forward pass and rank."""
 
@@ -181,18 +184,18 @@ class FinetuneConfig:
     data: str
     """The .beton file with the labelled training images."""
     test: str
-    """Labelled images that are classified: a .beton or a folder of class folders."""
+    """Labelled images to classify: a .beton, or a folder of class folders."""
     out: str
     """The run folder; the same command again continues the run in it."""
     arch: str = ""
-    """Architecture for --from_scratch; with --init it is read from there."""
+    """Architecture for --from_scratch; with --init it is read from the checkpoint."""
     init: str = ""
     """Run folder or checkpoint file to start from."""
     from_scratch: bool = False
     """Start from random weights of --arch."""
     role: Literal["teacher", "student", "model", "model_ema"] = "teacher"
-    """Whose weights are read: of a pretraining, or (the last two) of a fine-tuning, where teacher
-    stands for what that reported as its result."""
+    """Which network of --init: teacher or student of a pretraining; model or model_ema of a
+    fine-tuning, where teacher means the one it reported."""
     seed: int = 0
     """Random seed of the whole run."""
     model: FinetuneModel = field(default_factory=FinetuneModel)

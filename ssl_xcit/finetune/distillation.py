@@ -1,4 +1,4 @@
-"""Distillation (DeiT, Touvron et al., 2021, section 4): the loss, and the teachers there are."""
+"""Distillation (DeiT, Touvron et al., 2021, section 4): its loss and its teachers."""
 
 from collections.abc import Sequence
 
@@ -7,23 +7,21 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ssl_xcit.checkpoints.read import read_weights
+from ssl_xcit.checkpoints.read import read
 from ssl_xcit.data.pixels import IMAGENET_MEAN, IMAGENET_STD
-from ssl_xcit.evaluation.subject import statistics
-from ssl_xcit.models.xcit import build_xcit
 from ssl_xcit.runtime.errors import UserError
 
 
 def distillation_loss(
     kind: str, logits: Float[Tensor, "b k"], teacher_logits: Float[Tensor, "b k"], temp: float
 ) -> Float[Tensor, ""]:
-    """The teacher's part of the loss, a mean over the batch.
+    """The distillation loss, a mean over the batch.
 
     hard: cross-entropy with the teacher's most likely class.
     soft: temp^2 KL(softmax(teacher / temp) || softmax(student / temp)). (DeiT's code divides the
-    sum by batch x classes, so its soft term is that many classes times as small.)
+    sum by batch x classes, so its soft term is smaller by the number of classes.)
 
-    As in XCiT, the same logits answer to the labels and to the teacher.
+    As in XCiT, labels and teacher share the same logits.
     """
     if kind == "hard":
         return F.cross_entropy(logits, teacher_logits.argmax(1))
@@ -32,10 +30,7 @@ def distillation_loss(
 
 
 class Teacher(nn.Module):
-    """A frozen classifier that sees images normalised for the student as if for itself.
-
-    Called under no_grad; always in eval mode.
-    """
+    """A frozen classifier that takes images normalised for the student; always in eval mode."""
 
     def __init__(
         self,
@@ -75,8 +70,15 @@ def load_teacher(
             raise UserError(f"{arch} takes images of 3 channels, these have {channels}")
         network = _torchvision(arch.removeprefix("torchvision:"), path, num_classes)
         return Teacher(network, (IMAGENET_MEAN, IMAGENET_STD), student_statistics)
-    network, info = _xcit(path, num_classes, channels)
-    return Teacher(network, statistics(info, channels), student_statistics)
+    weights = read(path)
+    if weights.num_classes != num_classes:
+        raise UserError(
+            f"the teacher {weights.path} has a classifier of {weights.num_classes} classes, the "
+            f"images have {num_classes}: take a teacher that was trained on these classes"
+        )
+    if weights.in_chans != channels:
+        raise UserError(f"the teacher {weights.path} takes images of {weights.in_chans} channels")
+    return Teacher(weights.build(), weights.statistics, student_statistics)
 
 
 def _torchvision(name: str, path: str, num_classes: int) -> nn.Module:
@@ -101,18 +103,3 @@ def _torchvision(name: str, path: str, num_classes: int) -> nn.Module:
             f"{path}: not the weights of torchvision's {name} for {num_classes} classes: {reason}"
         ) from error
     return network
-
-
-def _xcit(path: str, num_classes: int, channels: int) -> tuple[nn.Module, dict]:
-    arch, state, info = read_weights(path)
-    if info["num_classes"] != num_classes:
-        raise UserError(
-            f"the teacher {info['path']} has a classifier of {info['num_classes']} classes, the "
-            f"images have {num_classes}: take a teacher that was trained on these classes"
-        )
-    in_chans = state["patch_embed.proj.0.0.weight"].shape[1]
-    if in_chans != channels:
-        raise UserError(f"the teacher {info['path']} takes images of {in_chans} channels")
-    network = build_xcit(arch, num_classes=num_classes, in_chans=in_chans)
-    network.load_state_dict(state)
-    return network, info

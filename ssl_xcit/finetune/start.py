@@ -4,8 +4,10 @@ from typing import NamedTuple
 
 import torch
 
-from ssl_xcit.checkpoints.read import read_weights
-from ssl_xcit.evaluation.subject import NO_FACTS, statistics
+from ssl_xcit.checkpoints.formats import CLASSIFIER
+from ssl_xcit.checkpoints.read import Weights, read
+from ssl_xcit.data.pixels import imagenet_statistics
+from ssl_xcit.evaluation.subject import NO_FACTS, origin
 from ssl_xcit.finetune.config import FinetuneConfig
 from ssl_xcit.models.xcit import XCiT, build_xcit
 from ssl_xcit.runtime.errors import UserError
@@ -28,7 +30,7 @@ def starting_point(config: FinetuneConfig, num_classes: int, in_chans: int) -> S
     The classifier is new, unless `keep_head`. Raises UserError for a checkpoint that is no XCiT,
     or for other images, or whose classifier was to be kept and has other classes.
     """
-    weights = None if config.from_scratch else read_weights(config.init, config.role, config.arch)
+    weights = None if config.from_scratch else read(config.init, config.role, config.arch)
     arch = config.arch if weights is None else weights.arch
     torch.manual_seed(config.seed)  # the same initial weights on every rank
     network = build_xcit(
@@ -38,27 +40,19 @@ def starting_point(config: FinetuneConfig, num_classes: int, in_chans: int) -> S
         drop_path_rate=config.model.drop_path_rate,
     )
     if weights is None:
-        mean, std = statistics(None, in_chans)
+        mean, std = imagenet_statistics(in_chans)
         facts = NO_FACTS | {"source": "random_init", "arch": arch, "seed": config.seed}
         report = [f"start: {arch}, random weights of seed {config.seed}"]
     else:
-        loaded, new, unused = _load(network, weights.state, weights.info, config.model.keep_head)
-        mean, std = statistics(weights.info, in_chans)
-        facts = NO_FACTS | {
-            "source": "checkpoint",
-            "checkpoint": weights.info["path"],
-            "step": weights.info["step"],
-            "role": weights.info["role"],
-            "arch": arch,
-            "seed": config.seed,
-            "tensors": {"loaded": loaded, "new": new, "unused": unused},
-        }
-        ignored = weights.info["ignored"]
+        loaded, new, unused = _load(network, weights, config.model.keep_head)
+        mean, std = weights.statistics
+        tensors = {"loaded": loaded, "new": new, "unused": unused}
+        facts = origin(weights) | {"seed": config.seed, "tensors": tensors}
+        left = ", ".join([*unused, *weights.ignored])
         report = [
-            f"start: {arch}, {weights.info['role']} of {weights.info['path']}: "
-            f"{loaded} tensors loaded",
+            f"start: {arch}, {weights.role} of {weights.path}: {loaded} tensors loaded",
             f"  new, from seed {config.seed}: {', '.join(new) or 'nothing'}",
-            f"  there but not used: {', '.join([*unused, *ignored]) or 'nothing'}",
+            f"  there but not used: {left or 'nothing'}",
         ]
     if config.views.mean:
         mean, std = config.views.mean, config.views.std
@@ -67,27 +61,23 @@ def starting_point(config: FinetuneConfig, num_classes: int, in_chans: int) -> S
     return Start(arch, network, mean, std, facts, report)
 
 
-def _load(
-    network: XCiT, state: dict[str, torch.Tensor], info: dict, keep_head: bool
-) -> tuple[int, list[str], list[str]]:
-    """(tensors loaded, names that stay new, names in `state` that are not used)."""
+def _load(network: XCiT, weights: Weights, keep_head: bool) -> tuple[int, list[str], list[str]]:
+    """(tensors loaded, names that stay new, names in the file that are not used)."""
     own = network.state_dict()
-    classifier = ("head.weight", "head.bias")
-    if keep_head and info["num_classes"] != network.num_classes:
+    if keep_head and weights.num_classes != network.num_classes:
         raise UserError(
-            f"keep_head: {info['path']} has a classifier of {info['num_classes']} classes, the "
+            f"keep_head: {weights.path} has a classifier of {weights.num_classes} classes, the "
             f"images have {network.num_classes}: leave --keep_head out for a new one"
         )
-    channels = state["patch_embed.proj.0.0.weight"].shape[1]
-    if channels != own["patch_embed.proj.0.0.weight"].shape[1]:
+    channels = own["patch_embed.proj.0.0.weight"].shape[1]
+    if weights.in_chans != channels:
         raise UserError(
-            f"{info['path']} takes images of {channels} channels, the data have "
-            f"{own['patch_embed.proj.0.0.weight'].shape[1]}: write them again with "
-            f"--channels {channels}"
+            f"{weights.path} takes images of {weights.in_chans} channels, the data have "
+            f"{channels}: write them again with --channels {weights.in_chans}"
         )
-    unused = [] if keep_head else [name for name in classifier if name in state]
-    taken = {name: tensor for name, tensor in state.items() if name not in unused}
+    taken = weights.state if keep_head else weights.backbone
+    unused = [name for name in CLASSIFIER if name in weights.state and name not in taken]
     new = [name for name in own if name not in taken]
-    assert new == ([] if keep_head else list(classifier)), new
+    assert new == ([] if keep_head else list(CLASSIFIER)), new
     network.load_state_dict(own | taken)
     return len(taken), new, unused

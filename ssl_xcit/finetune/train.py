@@ -12,13 +12,16 @@ from ssl_xcit.checkpoints.folder import StateDict
 from ssl_xcit.data.beton import Beton
 from ssl_xcit.data.datasets import check_channels, check_datasets, evaluation_loader, open_images
 from ssl_xcit.data.loader import MultiCropLoader
-from ssl_xcit.data.pixels import normalise
 from ssl_xcit.data.views import EvalView
+from ssl_xcit.evaluation.accuracy import count_hits
+from ssl_xcit.evaluation.features import evaluating
 from ssl_xcit.evaluation.results import (
+    Result,
     describe_images,
-    describe_software,
+    describe_machine,
     describe_subject,
-    write_result,
+    describe_view,
+    run_evaluation,
 )
 from ssl_xcit.finetune.average import WeightAverage
 from ssl_xcit.finetune.batch import Preparation, view_recipe
@@ -30,38 +33,32 @@ from ssl_xcit.runtime.distributed import Distributed
 from ssl_xcit.runtime.errors import UserError
 from ssl_xcit.training import schedules
 from ssl_xcit.training.engine import out_of_memory_advice, run_task
-from ssl_xcit.training.metrics import RunningMeans
 from ssl_xcit.training.optim import build_optimizer, layer_scales, parameter_groups
 from ssl_xcit.training.task import Checked, StepLoss, Task, distribute, share_batch_statistics
 
-METERS = ("train/loss", "train/grad_norm")
+COLUMNS = (("weights", 16), ("top-1 %", 10), ("top-5 %", 10))
 
 
 def finetune(config: FinetuneConfig) -> dict:
     """Fine-tune as `config` says, in the run folder `config.out`.
 
-    Prints a table and returns what it also writes to result.json there: top-1 and top-5 in percent
-    of the last epoch's weights (with `ema_decay` of their average, and of both by name), and
-    everything that decided them. The best epoch is not chosen: that would be choosing by the test
-    images.
+    Prints a table, and returns what it writes to result.json there: top-1 and top-5 in percent of
+    the weights after the last epoch (with `ema_decay`, of their average, and of both by name), and
+    everything that decided them. No best epoch is chosen: the test images would choose it.
 
     Order of precedence for the weights: 1. the newest complete checkpoint in the run folder;
     2. `init`; 3. random initialisation from `seed`.
 
-    Raises UserError for what the user can mend.
+    Raises UserError for what the user can correct.
     """
-    ranks = distributed.setup(config.run.device)
-    try:
+
+    def train(ranks: Distributed) -> Result:
         with out_of_memory_advice(config, f"--image_size {config.views.image_size}"):
             torch.use_deterministic_algorithms(config.run.deterministic)
             task = Finetuning(config, ranks)
-            result = task.result(run_task(task))
-    finally:
-        distributed.teardown()
-    if ranks.rank == 0:
-        write_result(result, Path(config.out) / "result.json")
-        print(_table(result))
-    return result
+            return task.result(run_task(task))
+
+    return run_evaluation(train, config.run.device, Path(config.out) / "result.json")
 
 
 class Finetuning(Task):
@@ -70,7 +67,7 @@ class Finetuning(Task):
     kind = "fine-tuning"
 
     def __init__(self, config: FinetuneConfig, ranks: Distributed) -> None:
-        """Network, optimiser and loaders of a run, from its starting point."""
+        """Make the network, the optimiser and the loaders of a run, as it starts."""
         self.configure(config, ranks)
         config = self.config
         targets = config.targets
@@ -94,7 +91,6 @@ class Finetuning(Task):
         groups = parameter_groups(network, undecayed=("cls_token",), lr_scale=scales)
         self.optimizer = build_optimizer("adamw", groups)
         self.model = distribute(network, ranks)
-        self.meters = RunningMeans(METERS, ranks.device)
         self.prepare = Preparation(
             config, self.data.labels, self.num_classes, self.statistics, ranks.device
         )
@@ -140,11 +136,11 @@ class Finetuning(Task):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps that show as many views as there are images, with repeats or without."""
+        """Steps that show as many views as there are images, whatever `repeated_augment` is."""
         return len(self.loader) // self.config.views.repeated_augment
 
     def hyperparameters(self, step: int) -> dict[str, float]:
-        """What the schedules say at `step`. (XCiT's code moves once per epoch.)"""
+        """Learning rate and weight decay at `step`. (XCiT's code updates once per epoch.)"""
         optim = self.config.optim
         peak = optim.lr * self.global_batch / optim.lr_batch
         warmup = optim.warmup_epochs * self.steps_per_epoch
@@ -155,8 +151,10 @@ class Finetuning(Task):
             "weight_decay": optim.weight_decay,
         }
 
-    def loss(self, batch: tuple[Tensor, ...], step: int, micro: int) -> StepLoss:
-        """Cross-entropy with smoothed, mixed labels, and the teacher's part if there is one."""
+    def loss(
+        self, batch: tuple[Tensor, ...], step: int, micro: int, now: dict[str, float]
+    ) -> StepLoss:
+        """Cross-entropy with smoothed, mixed labels, and the distillation loss if there is one."""
         targets = self.config.targets
         place = self.loader.place(micro)
         images, answers, keys = self.prepare(batch, step // self.steps_per_epoch, step, place)
@@ -173,8 +171,10 @@ class Finetuning(Task):
             loss = (1 - targets.distill_alpha) * loss + targets.distill_alpha * taught
         return StepLoss(loss)
 
-    def after_update(self, step: int, shared: Float[Tensor, "..."], bad: Bool[Tensor, ""]) -> None:
-        """Statistics that the ranks share, then the moving average."""
+    def after_update(
+        self, now: dict[str, float], means: Float[Tensor, " m"], bad: Bool[Tensor, ""]
+    ) -> None:
+        """Share BatchNorm's statistics among the ranks, then update the moving average."""
         if not self.config.run.sync_bn:
             distributed.all_reduce_buffers(self.modules())
         if self.average is not None:
@@ -185,7 +185,7 @@ class Finetuning(Task):
         return [self.bare_model]
 
     def evaluates(self, epoch: int) -> bool:
-        """Whether the test images are due."""
+        """Whether to evaluate on the test images after `epoch`."""
         last = epoch + 1 == self.config.optim.epochs
         return last or (epoch + 1) % self.config.evaluation.eval_every == 0
 
@@ -194,29 +194,15 @@ class Finetuning(Task):
         networks = {"": self.bare_model}
         if self.average is not None:
             networks["ema_"] = self.average.network
-        return {
-            f"test/{name}{key}": value
-            for name, network in networks.items()
-            for key, value in self._accuracy(network, check).items()
-        }
-
-    @torch.no_grad()
-    def _accuracy(self, network: nn.Module, check: Callable[[], None]) -> dict[str, float]:
-        """{"top1", "top5"} in percent, over all ranks."""
-        found = torch.zeros(3, dtype=torch.float64)  # right at first, within five, images
-        training = network.training
-        network.eval()
-        for images, labels, _ in Checked(self.test_loader, check):
-            images = normalise(images.to(self.ranks.device, non_blocking=True), *self.statistics)
-            with self.autocast():
-                logits = network(images)
-            ranked = logits.float().topk(min(5, self.num_classes), dim=1).indices.cpu()
-            right = ranked == labels[:, None]
-            found += torch.tensor([right[:, 0].sum(), right.sum(), len(labels)])
-        network.train(training)
-        distributed.all_reduce_mean(found)
-        top1, top5 = (100 * found[:2] / found[2]).tolist()
-        return {"top1": top1, "top5": top5}
+        found = {}
+        for name, network in networks.items():
+            batches = Checked(self.test_loader, check)
+            with evaluating(network):
+                hits = count_hits(
+                    network, batches, self.statistics, self.ranks, self.config.run.precision
+                )
+            found |= {f"test/{name}{key}": value for key, value in hits.percent().items()}
+        return found
 
     def tensors(self) -> dict[str, StateDict]:
         """The network, and the average of its weights."""
@@ -253,45 +239,34 @@ class Finetuning(Task):
             f"{self.steps_per_epoch} steps, {self.global_batch} views a step"
         )
 
-    def result(self, row: dict) -> dict:
-        """The last logged row and all that decided it."""
+    def result(self, row: dict) -> Result:
+        """The last logged row, and everything that decided it."""
         reported = "ema_" if self.average is not None else ""
-        return {
+        measured = {key.replace("/", "_"): row[key] for key in row if key.startswith("test/")}
+        facts = {
             **self.start.facts,
             "top1": row[f"test/{reported}top1"],
             "top5": row[f"test/{reported}top5"],
             "weights": "moving average" if reported else "last",
-            **{key.replace("/", "_"): row[key] for key in row if key.startswith("test/")},
+            **measured,
             "train_loss": row["train/loss"],
             "epochs": self.config.optim.epochs,
             "steps": self.total_steps,
             "global_batch": self.global_batch,
-            "transform": {
-                "resize": self.test_view.resize,
-                "crop": self.test_view.size,
-                "interpolation": self.test_view.interpolation,
-                "mean": self.start.mean,
-                "std": self.start.std,
-            },
+            "transform": describe_view(self.test_view, *self.statistics),
             "train": describe_images(self.data),
             "test": describe_images(self.test),
             "precision": self.config.run.precision,
-            "device": str(self.ranks.device),
-            "ranks": self.ranks.world_size,
-            "versions": describe_software(),
+            **describe_machine(self.ranks),
         }
-
-
-def _table(result: dict) -> str:
-    """The result as a table."""
-    train, test = result["train"], result["test"]
-    lines = [
-        f"fine-tuning, start: {describe_subject(result)}",
-        f"{test['images']:,} test images, {train['images']:,} training images, "
-        f"{train['classes']:,} classes, {result['epochs']} epochs",
-        f"{'weights':>16}{'top-1 %':>10}{'top-5 %':>10}",
-    ]
-    for name, key in (("last", "test_"), ("moving average", "test_ema_")):
-        if f"{key}top1" in result:
-            lines.append(f"{name:>16}{result[f'{key}top1']:>10.2f}{result[f'{key}top5']:>10.2f}")
-    return "\n".join(lines)
+        heading = [
+            f"fine-tuning, start: {describe_subject(facts)}",
+            f"{len(self.test):,} test images, {len(self.data):,} training images, "
+            f"{facts['train']['classes']:,} classes, {facts['epochs']} epochs",
+        ]
+        rows = [
+            [name, f"{measured[f'{key}top1']:.2f}", f"{measured[f'{key}top5']:.2f}"]
+            for name, key in (("last", "test_"), ("moving average", "test_ema_"))
+            if f"{key}top1" in measured
+        ]
+        return Result(facts, heading, COLUMNS, rows)

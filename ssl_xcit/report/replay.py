@@ -49,7 +49,7 @@ def replay(run: Path) -> list[dict]:
         batches = iter(task.loader)
         for micro in range(task.config.optim.accumulation_steps):
             with _first_not_finite(task.bare_model) as modules:
-                loss, _ = task.loss(next(batches), step, micro)
+                loss = task.loss(next(batches), step, micro, task.hyperparameters(step)).loss
             task.scaler.scale(loss).backward()
             gradients = [
                 name

@@ -15,9 +15,9 @@ def run_command(
     files: Sequence[str] = (),
     argv: Sequence[str] | None = None,
 ) -> None:
-    """Body of a script: read the command line, then call `target` ("module:function") with it.
+    """Run a command: read the configuration, then call `target` ("module:function") with it.
 
-    The target is imported only once the configuration is known to be good. A UserError becomes
+    The target is imported only once the configuration is known to be valid. A UserError becomes
     one line on stderr and exit status 2.
     """
     with exit_on_user_error():

@@ -10,7 +10,6 @@ The string below a field is its text in --help.
 """
 
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Literal
 
 from ssl_xcit.runtime import options
 from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.runtime.files import write_text
 from ssl_xcit.runtime.options import Config
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -25,8 +25,8 @@ INSTALLED = (PACKAGE / "configs").is_dir()  # by a wheel, which packs configs/ i
 CONFIGS = (PACKAGE if INSTALLED else PACKAGE.parent) / "configs"
 
 
-# A run folder belongs to one configuration; these may differ when it is continued. The two batch
-# fields are here because what a run fixes is their product with the number of ranks.
+# A run folder belongs to one configuration; these settings may change when the run continues. The
+# two batch fields may, because a run fixes only their product with the number of ranks.
 RUN_KEYS_THAT_MAY_CHANGE = frozenset(
     {
         "out",
@@ -37,7 +37,6 @@ RUN_KEYS_THAT_MAY_CHANGE = frozenset(
         "run.compile",
         "run.activation_checkpointing",
         "crops.crops_in_turn",
-        "head.prototype_chunk",
         "run.log_every",
         "run.save_every",
         "run.max_bad_steps",
@@ -56,7 +55,6 @@ RUN_KEYS_THAT_MAY_CHANGE = frozenset(
     }
 )
 
-Interpolation = Literal["bicubic", "bilinear"]
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 
@@ -106,7 +104,7 @@ def load_config(
     given |= flags
     values = over_recipes(cls, files, given)
     if wants_help:
-        options.print_help(cls, values)
+        options.build_parser(cls, values.items()).print_help()
         raise SystemExit(0)
     return options.build(cls, values)
 
@@ -118,10 +116,10 @@ def over_recipes(
     recipe: dict[str, options.Value] = {}
     for name in files:
         if "{arch}" in name and "arch" not in given:
-            continue  # without --arch there is --help to show or an error to come, no recipe
+            continue  # no recipe without --arch: --help or an error follows
         path = CONFIGS / name.format_map(given)
         if "{arch}" in name and not path.exists():
-            continue  # the configuration refuses such an architecture
+            continue  # the configuration refuses this architecture
         recipe |= options.read_file(cls, path)
     return recipe | given
 
@@ -133,23 +131,15 @@ def read_config(cls: type[Config], path: str | Path) -> Config:
 
 def save_config(config: object, path: str | Path) -> None:
     """Write every setting as YAML that reads back equal, floats to the last bit; atomically."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(
-            "# Every setting of a run. To repeat it: --config THIS_FILE --out ANOTHER_FOLDER\n"
-        )
-        file.write(options.to_yaml(config))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    header = "# Every setting of a run. To repeat it: --config THIS_FILE --out ANOTHER_FOLDER\n"
+    write_text(Path(path), header + options.to_yaml(config))
 
 
 def config_differences(old: object, new: object) -> list[str]:
-    """What makes `new` another run than `old`: ["optim.lr: 0.0005 -> 0.001", ...].
+    """The settings that make `new` a different run from `old`: ["optim.lr: 0.0005 -> 0.001", ...].
 
-    Leaves RUN_KEYS_THAT_MAY_CHANGE out, and the precision "auto", which is that of the run. Whether
-    the global batch is the same depends on the number of ranks and is the caller's to check.
+    Ignores RUN_KEYS_THAT_MAY_CHANGE, and the precision "auto", which is that of the run. The caller
+    checks the global batch, since it depends on the number of ranks.
     """
     before, after = options.flat(old), options.flat(new)
     same = RUN_KEYS_THAT_MAY_CHANGE | {

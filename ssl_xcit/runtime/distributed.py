@@ -1,9 +1,8 @@
 """One process or several: who is who, and the collectives we use.
 
-Who started the processes is told by their environment, in this order: torchrun (or anything that
-sets its variables), submitit, plain SLURM (`srun python ...`), nobody. Alone, or in a world of one,
-no process group is created and every collective here returns at once, so the callers need no
-branch.
+The environment tells who started the processes; checked in this order: torchrun (or anything that
+sets its variables), submitit, plain SLURM (`srun python ...`), nobody. A single process creates no
+process group, and every collective here returns at once, so callers need no branch.
 """
 
 import os
@@ -53,12 +52,12 @@ class Place:
 
 
 def setup(device: str = "auto", timeout_s: float = 1800.0) -> Distributed:
-    """Join the others that a launcher started, or stand alone, and print which.
+    """Join the ranks that a launcher started, or run alone, and print which.
 
-    `device` is "auto" (CUDA where there is any), "cpu" or "cuda". CPU tensors travel by gloo, CUDA
-    tensors by NCCL; on CUDA both exist, so features kept in host memory can be gathered too.
+    `device` is "auto" (CUDA if available), "cpu" or "cuda". CPU tensors travel by gloo, CUDA
+    tensors by NCCL; on CUDA both exist, so features in host memory can be gathered too.
     `timeout_s`: seconds that a rank waits for the others, here and in each collective, before it
-    fails; rank 0 may evaluate alone that long while the others wait.
+    fails. Rank 0 may evaluate alone for that long while the others wait.
 
     Raises UserError for an unknown or absent device, more ranks than GPUs on this machine, or an
     incomplete environment.
@@ -66,10 +65,10 @@ def setup(device: str = "auto", timeout_s: float = 1800.0) -> Distributed:
     place = find_place(os.environ)
     chosen = _prepare(choose_device(device, 0 if place.own_gpu else place.local_rank))
     if place.world_size > 1:
-        # Whoever needs them finds torchrun's variables, whatever the launcher
+        # Other code finds torchrun's variables, whatever the launcher
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = place.address, str(place.port)
         os.environ["LOCAL_WORLD_SIZE"] = str(place.local_world_size)
-    # torchrun and srun mix the ranks' output, submitit has a log for each
+    # torchrun and srun mix the ranks' output; submitit keeps a log per rank
     if place.rank == 0 or place.launcher == "submitit":
         print(_describe(place, chosen), flush=True)
     if place.world_size > 1:
@@ -85,9 +84,9 @@ def setup(device: str = "auto", timeout_s: float = 1800.0) -> Distributed:
 
 
 def find_place(environment: Mapping[str, str]) -> Place:
-    """Who this process is by the variables of its launcher.
+    """Who this process is, by its launcher's variables.
 
-    Raises UserError when only a part of torchrun's variables is there.
+    Raises UserError when only some of torchrun's variables are set.
     """
     if {"RANK", "WORLD_SIZE"} & environment.keys():
         return _torchrun_place(environment)
@@ -95,7 +94,7 @@ def find_place(environment: Mapping[str, str]) -> Place:
         job, tasks = environment["SUBMITIT_LOCAL_JOB_ID"], int(environment["SUBMITIT_LOCAL_NTASKS"])
         rank = int(environment["SUBMITIT_LOCAL_GLOBALID"])
         return Place("submitit", rank, tasks, rank, tasks, "localhost", rendezvous_port(job))
-    # A batch script has SLURM's variables too, but only a step's processes are many
+    # A batch script has SLURM's variables too, but only a step has several processes
     if {"SLURM_STEP_ID", "SLURM_PROCID"} <= environment.keys():
         return _slurm_place(environment)
     return Place("no launcher")
@@ -130,10 +129,10 @@ def _slurm_place(environment: Mapping[str, str]) -> Place:
 
 
 def rendezvous_port(job: str, attempt: int = 0) -> int:
-    """Where the ranks of an attempt meet: the same for all of them, without asking anybody.
+    """The port where the ranks of an attempt meet, computed alike by all of them.
 
-    Another attempt at the same job has another port, so what may be left of its predecessor on a
-    lost node cannot join it. Below 32768, where systems begin to hand out ports by themselves.
+    Each attempt at a job has a port of its own, so a stale rank of an earlier attempt on a lost
+    node cannot join it. Below 32768, where systems begin to assign ports by themselves.
     """
     return 10_000 + (zlib.crc32(job.encode()) + attempt) % 20_000
 
@@ -154,7 +153,7 @@ def _describe(place: Place, device: torch.device) -> str:
     if place.world_size == 1:
         return f"one process ({place.launcher}) on {device}"
     return (
-        f"rank {place.rank} of {place.world_size} ({place.launcher}), the machine's number "
+        f"rank {place.rank} of {place.world_size} ({place.launcher}), local rank "
         f"{place.local_rank} of {place.local_world_size}, on {device}; rank 0 is at "
         f"{place.address}:{place.port}"
     )
@@ -191,7 +190,7 @@ def _prepare(device: torch.device) -> torch.device:
 
 
 def all_reduce_mean(tensor: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Mean over ranks of a contiguous tensor, in place; returns it. Same bits on every rank."""
+    """Mean over ranks of a contiguous tensor, in place; returns it. The same bits on every rank."""
     if dist.is_initialized():
         dist.all_reduce(tensor)  # gloo has no mean
         tensor /= dist.get_world_size()
@@ -199,10 +198,10 @@ def all_reduce_mean(tensor: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 
 
 def maximum(value: int) -> int:
-    """The largest of the ranks' values, which wait for each other."""
+    """The largest value of any rank; the ranks wait for each other."""
     if not dist.is_initialized():
         return value
-    shared = torch.tensor(value)  # on the CPU: gloo carries it, no GPU is waited for
+    shared = torch.tensor(value)  # on the CPU: gloo carries it, without waiting for a GPU
     dist.all_reduce(shared, dist.ReduceOp.MAX)
     return int(shared)
 
@@ -213,15 +212,15 @@ def any_rank(flag: bool) -> bool:
 
 
 def gather_variable(tensor: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "m ..."]:
-    """All ranks' rows, in rank order, on every rank; ranks may hold different numbers of rows."""
+    """All ranks' rows in rank order, on every rank; ranks may hold different numbers of rows."""
     if not dist.is_initialized():
         return tensor
     world_size, rank = dist.get_world_size(), dist.get_rank()
     counts = torch.zeros(world_size, dtype=torch.int64, device=tensor.device)
     counts[rank] = len(tensor)
     dist.all_reduce(counts)
-    # Broadcasts into slices of the result, because all_gather would need padding and a second copy
-    # of what can be gigabytes of features.
+    # Broadcasts into slices of the result: all_gather would need padding and a second copy of what
+    # can be gigabytes of features.
     gathered = tensor.new_empty(int(counts.sum()), *tensor.shape[1:])
     for source, rows in enumerate(gathered.split(counts.tolist())):
         if source == rank:
@@ -235,11 +234,11 @@ def gather_variable(tensor: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "m ..."]:
 def all_reduce_buffers(modules: Iterable[nn.Module]) -> None:
     """Replace the running means and variances of BatchNorm by their mean over ranks, in place.
 
-    For CPU runs, where SyncBatchNorm does not exist: each rank normalises by the statistics of its
-    own batch, and this keeps what the ranks will save and evaluate equal. Both statistics are
-    running means over batches, so their mean over ranks runs over all ranks' batches; the variance
-    is the one within a rank's batch, without the spread between the ranks' means. All else stays,
-    the counters `num_batches_tracked` too. One all-reduce in total.
+    For CPU runs, where SyncBatchNorm does not exist: each rank normalises by its own batch's
+    statistics, and this keeps what the ranks save and evaluate equal. Both statistics are running
+    means over batches, so their mean over ranks covers all ranks' batches; the variance is that
+    within a rank's batch, without the spread between the ranks' means. Other buffers, such as
+    `num_batches_tracked`, are not touched. One all-reduce in total.
     """
     statistics = [
         buffer

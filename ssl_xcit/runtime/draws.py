@@ -1,8 +1,8 @@
 """Counter-based random numbers: the same key gives the same draw, on any device, in any order.
 
-A draw is a pure function of (seed, epoch, image index, view, counter), so an image is augmented
-and its drop-path branches are chosen alike whatever the number of workers, ranks or micro-batches,
-and a resumed run replays nothing. No state is kept: there is nothing to save in a checkpoint.
+A draw is a pure function of (seed, epoch, image index, view, counter). So an image's augmentation
+and drop-path branches do not depend on the number of workers, ranks or micro-batches, and a resumed
+run replays nothing. There is no state, and nothing to save in a checkpoint.
 
 The mixing function is the finaliser of SplitMix64 (Steele, Lea and Flood, "Fast Splittable
 Pseudorandom Number Generators", OOPSLA 2014), on 64-bit integers that wrap around:
@@ -22,6 +22,11 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
+# The one numbering of random streams. Crop v of an image draws from view v; what else is drawn for
+# it draws from views numbered from here on, for each crop one.
+DROP_PATH, MIXING, RANDAUGMENT, ERASING = 1_000, 2_000, 3_000, 4_000
+SPLIT = 1_000_000  # which images are held out
+
 _GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _MASK = (1 << 64) - 1
 
@@ -35,9 +40,9 @@ def mix64(z: Int64[Tensor, "*n"]) -> Int64[Tensor, "*n"]:
 
 
 def stream(seed: int, epoch: int, indices: Int64[Tensor, "n"], view: int) -> Int64[Tensor, "n"]:
-    """Keys of the images `indices` (their places in the data set) in one epoch and view.
+    """Keys of the images `indices` (their places in the dataset) in one epoch and view.
 
-    Seed, epoch and view are taken modulo 2**64. The keys live on the device of `indices`.
+    Seed, epoch and view are taken modulo 2**64. The keys are on the device of `indices`.
     """
     keys = mix64(indices ^ _signed(_mix(_mix(seed) ^ (epoch & _MASK))))
     return mix64(keys ^ _signed(_mix(view + 1)))
@@ -55,7 +60,7 @@ def uniform(
 
 
 def _shift(z: Int64[Tensor, "*n"], bits: int) -> Int64[Tensor, "*n"]:
-    """Logical right shift: torch's own copies the sign bit, which the mask takes out again."""
+    """Logical right shift: torch's own shift copies the sign bit, which the mask clears."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 

@@ -1,4 +1,4 @@
-"""The one exception whose message is meant for the person at the keyboard."""
+"""The one exception whose message is meant for the user."""
 
 import os
 import sys
@@ -15,11 +15,10 @@ class UserError(ValueError):
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Around the body of a command: UserError is one line on stderr and exit status 2, Ctrl-C 130.
+    """The context of a command: UserError is one line on stderr and exit status 2, Ctrl-C 130.
 
-    A reader of its output that goes away (`| head`) ends it silently, as it ends any other program.
-
-    Any other exception is a defect of ours and keeps its traceback.
+    A closed pipe (`| head`) ends the command silently, as it does any other program. Any other
+    exception is a bug of ours and keeps its traceback.
     """
     try:
         yield
@@ -29,5 +28,6 @@ def exit_on_user_error() -> Iterator[None]:
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's exit complains
+        # or Python complains at exit, when it flushes stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None

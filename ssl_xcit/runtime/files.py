@@ -11,16 +11,21 @@ from ssl_xcit.runtime.errors import UserError
 
 
 @contextmanager
-def new_file(out: Path, overwrite: bool) -> Iterator[BinaryIO]:
-    """A file that takes `out`'s place when the block ends well, and vanishes when it does not.
+def new_file(out: Path, overwrite: bool = True) -> Iterator[BinaryIO]:
+    """A file that takes the place of `out` when the block ends well, and else vanishes.
 
-    Its name is `out`.tmp; what a killed process left under that name is written over.
+    Until then it lies beside `out` as NAME.tmp. What a killed process left under that name is
+    written over.
+
+    Raises UserError when `out` exists and may not be overwritten, is a folder, is being written by
+    another process, or when the disk refuses.
     """
-    temporary = out.with_name(out.name + ".tmp")
+    temporary = out.with_name(f"{out.name}.tmp")
     try:
         if out.is_dir():
             raise UserError(f"{out}: is a folder, expected the name of a file to write")
-        with open(os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+        # "wb" would empty another process's file before we know that it is not ours
+        with open(temporary, "r+b", opener=_open_or_create) as file:
             if not _is_ours(file, temporary):
                 raise UserError(f"{out}: another process is writing it; wait, or name another file")
             try:
@@ -38,11 +43,35 @@ def new_file(out: Path, overwrite: bool) -> Iterator[BinaryIO]:
         os.fsync(folder)  # the rename itself survives a power cut
         os.close(folder)
     except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror}") from error
+        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
+
+
+def write_text(out: Path, text: str) -> None:
+    """Make `text` the content of `out`, as `new_file` does; folders above it are made.
+
+    Raises UserError when the disk refuses.
+    """
+    make_folder(out.parent)
+    with new_file(out) as file:
+        file.write(text.encode())
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder` and those above it where they do not exist. Raises UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written: {error.strerror}; choose another place"
+        ) from error
+
+
+def _open_or_create(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CREAT, 0o666)
 
 
 def _is_ours(file: BinaryIO, path: Path) -> bool:
-    """Locks an open file; False if another process holds it, or has renamed it meanwhile."""
+    """Lock an open file; False if another process holds it, or has renamed it meanwhile."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,14 +1,13 @@
-"""Busy neighbours: other processes that want the cores of a training on a CPU.
+"""Busy neighbours: other processes that compete for the cores of a training on a CPU.
 
-torch's threads wait for each other after every operation. GNU OpenMP, which starts them, lets a
-thread that waits spin for milliseconds before it sleeps, and nothing is quicker where the cores are
-theirs. Where another process wants a core, the thread that spins uses up the time that the thread
-it waits for should have had: on 2 cores, beside two busy processes, a training ran at a tenth to a
-quarter of its speed, where half is fair (benchmarks/neighbours.py).
+torch's threads wait for each other after every operation. GNU OpenMP lets a waiting thread spin for
+milliseconds before it sleeps, which is fastest on idle cores. On a busy core the spinning thread
+uses up the time that the thread it waits for needs: on 2 cores, beside two busy processes, a
+training ran at a tenth to a quarter of its speed, where half is fair (benchmarks/neighbours.py).
 
-OpenMP spins 100 times only, then sleeps, while it manages more threads than there are cores; it
-looks at that anew at every wait. So as long as the main thread has to wait for a core, idle threads
-are held that have teams of their own; when it need not, they end.
+While OpenMP manages more threads than there are cores, it spins only 100 times; it checks this at
+every wait. So while the main thread has to wait for a core, we hold idle threads with teams of
+their own, and release them when it no longer waits.
 """
 
 import atexit
@@ -19,15 +18,16 @@ from pathlib import Path
 
 import torch
 
-SPINNING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # set by somebody who knows better
+SPINNING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # the user's own choice, left alone
 
 
 @functools.cache
 def watch() -> None:
-    """Make room from here on, for the thread that calls this first.
+    """Watch from here on over the thread that calls this first.
 
-    Linux says how long a thread has waited for a core (/proc/self/task/*/schedstat). Without that,
-    with one thread, or where SPINNING is set, nothing is done. Another OpenMP takes no notice.
+    Linux reports how long a thread has waited for a core (/proc/self/task/*/schedstat). Does
+    nothing without that, with one thread, or where SPINNING is set. Other OpenMP libraries are not
+    affected.
     """
     neighbours = Neighbours(torch.get_num_threads())
     if neighbours.can_act and not any(map(os.environ.get, SPINNING)):
@@ -37,16 +37,16 @@ def watch() -> None:
 
 
 class Neighbours:
-    """Whether there are any, and room for them."""
+    """Detects busy neighbours, and holds threads while there are any."""
 
-    INTERVAL = 1.0  # seconds between two looks
-    MOST_ROOMS = 16  # else this process has few of the cores, and hardly meets anybody there
-    CROWDED, ALONE = 0.1, 0.03  # shares of the time; alone it is 0.00 to 0.01, crowded 0.3 to 0.5
+    INTERVAL = 1.0  # seconds between two checks
+    MOST_ROOMS = 16  # more are needed only where this process uses few of the cores anyway
+    CROWDED, ALONE = 0.1, 0.03  # share of time waited: 0.00 to 0.01 alone, 0.3 to 0.5 crowded
 
     def __init__(self, threads: int) -> None:
-        """Of the calling thread, which computes with `threads`."""
+        """Watches the calling thread, which computes with `threads` threads."""
         self.threads, self.cores = threads, len(os.sched_getaffinity(0))  # as OpenMP counts them
-        # A team adds all its threads but one to those that OpenMP manages, the main thread's too
+        # Each team, the main thread's too, adds all its threads but one to those OpenMP manages
         self._rooms = (self.cores - threads) // max(1, threads - 1) + 1
         self._record = Path(f"/proc/self/task/{threading.get_native_id()}/schedstat")
         self._stop, self._release = threading.Event(), threading.Event()
@@ -54,23 +54,23 @@ class Neighbours:
 
     @property
     def can_act(self) -> bool:
-        """Whether the system says how long a thread has waited, and a few threads make room."""
+        """Whether the system reports waiting times, and few held threads suffice."""
         return self.threads > 1 and self._rooms <= self.MOST_ROOMS and self._record.exists()
 
     @property
     def have_room(self) -> bool:
-        """Whether threads that wait sleep at once."""
+        """Whether waiting threads now sleep at once."""
         return bool(self._held)
 
     def watch(self) -> None:
-        """Look once an INTERVAL, until `stop`."""
+        """Check once per INTERVAL, until `stop`."""
         waited = self.waited()
         while not self._stop.wait(self.INTERVAL):
             before, waited = waited, self.waited()
             self.decide((waited - before) / self.INTERVAL)
 
     def stop(self, watcher: threading.Thread) -> None:
-        """End all threads, before the interpreter ends: it would cut them off inside of torch."""
+        """End all threads before the interpreter exits, which would cut them off inside torch."""
         self._stop.set()
         watcher.join()
         self.decide(0.0)
@@ -80,7 +80,7 @@ class Neighbours:
         return int(self._record.read_text().split()[1]) / 1e9
 
     def decide(self, share: float) -> None:
-        """Make room, or take it back, after an interval of which that `share` was waited."""
+        """Hold or release threads, given the `share` of the last interval spent waiting."""
         if share > self.CROWDED and not self._held:
             self._release.clear()
             self._held = [

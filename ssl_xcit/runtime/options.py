@@ -1,8 +1,9 @@
 """How a dataclass of settings is filled from files and flags. Which settings: config.py.
 
 A setting has a dotted name (`optim.lr`) and a flat one, its last part (`lr`, as in DINO); either
-may be spelled with - or _. jsonargparse checks the types and prints --help. Nothing here imports
-torch or numpy, so --help and mistakes answer at once.
+may be spelled with - or _. argparse splits the command line and prints --help; flags and files
+share one conversion to the settings' types. Nothing here imports torch or numpy, so --help and
+mistakes answer at once.
 """
 
 import argparse
@@ -16,11 +17,10 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
-import jsonargparse
 import yaml
 
 from ssl_xcit.runtime.errors import UserError
@@ -28,36 +28,54 @@ from ssl_xcit.runtime.errors import UserError
 Config = TypeVar("Config")
 Value = bool | int | float | str | tuple
 
-# DINO's options that are called something else here, so that the nearest to `output_dir` is not
-# `out_dim`.
-RENAMED = {
-    "data_path": "data",
-    "output_dir": "out",
-    "use_fp16": "precision",
-    "patch_size": "arch",
-}
-# Keys of a DINO args.txt (main_dino.py, run_with_submitit.py) that say where and on what machines
-# it ran, not what was trained. data_path and output_dir are an image folder and a place on the
-# authors' cluster: --data and --out are asked for instead.
+# DINO's options that have another name here: without it, `out_dim` is nearest to `output_dir`.
+RENAMED = {"data_path": "data", "output_dir": "out", "use_fp16": "precision", "patch_size": "arch"}
+# Keys of a DINO args.txt (main_dino.py, run_with_submitit.py) that say where it ran, not what was
+# trained. data_path and output_dir are folders of the authors' cluster: --data and --out are asked
+# for instead.
 IGNORED_DINO_KEYS = frozenset(
     """comment data_path dist_backend dist_url distributed gpu job_dir local_rank ngpus nodes
     output_dir partition patch_size rank timeout use_volta32 world_size""".split()  # noqa: SIM905
 )
+BOOLEANS = dict.fromkeys(("true", "yes", "on", "1"), True)
+BOOLEANS |= dict.fromkeys(("false", "no", "off", "0"), False)
 
 
 # Names
 
 
+class Setting(NamedTuple):
+    """One setting of a configuration."""
+
+    kind: object
+    default: Value | None  # None: it is required
+    text: str  # in --help
+    section: str  # the heading above it there
+
+
 @functools.cache
+def _settings(cls: type, section: str = "main") -> dict[str, Setting]:
+    """Dotted name -> setting, in the order of --help."""
+    hints, texts, found = typing.get_type_hints(cls), _documentation(cls), {}
+    for item in dataclasses.fields(cls):
+        kind, name = hints[item.name], item.name
+        if dataclasses.is_dataclass(kind):
+            inner = _settings(kind, f"{inspect.getdoc(kind)} (--{name}.*)")
+            found |= {f"{name}.{leaf}": setting for leaf, setting in inner.items()}
+        else:
+            default = None if item.default is dataclasses.MISSING else item.default
+            found[name] = Setting(kind, default, texts[name], section)
+    return found
+
+
 def leaves(cls: type) -> dict[str, object]:
     """Dotted name -> type of every setting: {"arch": str, "optim.lr": float, ...}"""
-    found = {}
-    for name, hint in typing.get_type_hints(cls).items():
-        if dataclasses.is_dataclass(hint):
-            found |= {f"{name}.{leaf}": kind for leaf, kind in leaves(hint).items()}
-        else:
-            found[name] = hint
-    return found
+    return {name: setting.kind for name, setting in _settings(cls).items()}
+
+
+def required(cls: type) -> list[str]:
+    """Names of the settings without a default."""
+    return [name for name, setting in _settings(cls).items() if setting.default is None]
 
 
 @functools.cache
@@ -109,15 +127,6 @@ def build(cls: type[Config], values: Mapping[str, Value]) -> Config:
     )
 
 
-def required(cls: type) -> list[str]:
-    """Names of the settings without a default."""
-    return [
-        item.name
-        for item in dataclasses.fields(cls)
-        if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-    ]
-
-
 def _resolve(cls: type, spelling: str, where: str) -> str:
     """The dotted name of a setting; UserError with the nearest one when there is none.
 
@@ -132,32 +141,46 @@ def _resolve(cls: type, spelling: str, where: str) -> str:
     if where == "--":
         hint = f"nearest: --{nearest}" if nearest else "--help lists them all"
         raise UserError(f"unknown option --{spelling}; {hint}")
-    raise UserError(
-        f"{where}: unknown key {spelling}" + (f"; nearest: {nearest}" if nearest else "")
-    )
+    hint = f"; nearest: {nearest}" if nearest else ""
+    raise UserError(f"{where}: unknown key {spelling}{hint}")
 
 
 # Types
 
 
-def typed(cls: type, values: Mapping[str, object], where: str) -> dict[str, Value]:
-    """`values` by dotted name, converted to their settings' types.
+def _convert(kind: object, given: object, where: str = "") -> Value:
+    """`given`, a word of the command line or what YAML made of it, as a value of type `kind`.
 
-    Raises UserError that names the first misfit; `where` is "--" for flags, else the file.
+    A misfit raises UserError that begins with `where`; without it ArgumentTypeError, to which
+    argparse adds the option.
     """
-    parser, result = _parser(cls), {}
-    for name, value in values.items():
-        try:
-            if value is None:
-                raise jsonargparse.ArgumentError(None, "no value")
-            result[name] = parser.parse_object(nested({name: value}), defaults=False)[name]
-        except jsonargparse.ArgumentError:
-            kind = leaves(cls)[name]
-            key = f"--{name}" if where == "--" else f"{where}: {name}"
-            message = f"{key}: expected {_describe(kind)}, got {as_text(value)}"
-            close = difflib.get_close_matches(str(value), map(str, typing.get_args(kind)), n=1)
-            raise UserError(f"{message}; nearest: {close[0]}" if close else message) from None
-    return result
+    try:
+        return _converted(kind, given)
+    except ValueError:
+        close = difflib.get_close_matches(str(given), map(str, typing.get_args(kind)), n=1)
+        nearest = f"; nearest: {close[0]}" if close else ""
+        message = f"expected {_describe(kind)}, got {as_text(given)}{nearest}"
+        error = UserError(f"{where}: {message}") if where else argparse.ArgumentTypeError(message)
+        raise error from None
+
+
+def _converted(kind: object, given: object) -> Value:
+    """`_convert` without its message: ValueError for a misfit."""
+    arguments, is_text = typing.get_args(kind), isinstance(given, str)
+    if typing.get_origin(kind) is tuple and isinstance(given, str | list):
+        # 0.4 1.0 as in DINO, or [0.4,1.0]
+        items = re.sub(r"[\[\](),]", " ", given).split() if is_text else given
+        kinds = arguments[:1] * len(items) if Ellipsis in arguments else arguments
+        return tuple(_converted(*pair) for pair in zip(kinds, items, strict=True))
+    if typing.get_origin(kind) is Literal and given in arguments:
+        return given
+    if kind is bool and is_text:
+        given = BOOLEANS.get(given.lower())
+    if kind in (int, float) and (is_text or type(given) is int):
+        return kind(given)
+    if type(given) is kind:
+        return given
+    raise ValueError
 
 
 def _describe(kind: object) -> str:
@@ -167,7 +190,8 @@ def _describe(kind: object) -> str:
         return "one of " + ", ".join(arguments)
     if arguments:
         count = "" if Ellipsis in arguments else f"{len(arguments)} "
-        return f"{count}{'integers' if arguments[0] is int else 'numbers'}"
+        words = {int: "integers", float: "numbers", str: "words"}
+        return count + words.get(arguments[0], f"any of {', '.join(typing.get_args(arguments[0]))}")
     return {int: "an integer", float: "a number", bool: "true or false", str: "text"}[kind]
 
 
@@ -186,56 +210,124 @@ def as_text(value: object) -> str:
 def read_flags(cls: type, argv: Sequence[str]) -> tuple[dict[str, Value], list[Path], bool]:
     """The flags' values by dotted name, the --config files, and whether --help was asked for.
 
-    Splits and names; jsonargparse does the typing. The last of a repeated flag counts. Raises
-    UserError.
+    The last of a repeated flag counts. Raises UserError.
     """
-    flags: dict[str, str | list[str]] = {}
-    paths: list[Path] = []
-    wants_help = False
-    tokens = list(argv)
-    if places := getattr(cls, "POSITIONAL", ()):  # settings that may stand first, without a name
-        words = _take(tokens, len(tokens))
-        flags |= dict(zip(places[:-1], words, strict=False))
-        flags |= {places[-1]: rest} if (rest := words[len(places) - 1 :]) else {}
-    while tokens:
-        token = tokens.pop(0)
-        if token in ("-h", "--help"):
-            wants_help = True
-            continue
-        if not token.startswith("--") or token == "--":
-            raise UserError(f"unexpected argument {token!r}; options are --name value")
-        spelling, equals, inline = token[2:].partition("=")
-        name = "config" if spelling == "config" else _resolve(cls, spelling, "--")
-        kind = str if name == "config" else leaves(cls)[name]
-        many = typing.get_origin(kind) is tuple
-        values = [inline] if equals else _take(tokens, len(tokens) if many else 1)
-        if kind is bool and not values:
-            values = ["true"]
-        if not values:
-            raise UserError(f"--{spelling} needs a value: {_describe(kind)}")
-        if name == "config":
-            paths.append(Path(values[0]))
-        elif many:  # 0.4 1.0 as in DINO, or [0.4,1.0]
-            flags[name] = re.sub(r"[\[\](),]", " ", " ".join(values)).split()
-        elif kind is bool:  # DINO's own also say 1 and 0
-            flags[name] = {"1": "true", "0": "false"}.get(values[0], values[0])
-        else:
-            flags[name] = values[0]
-    return typed(cls, flags, "--"), paths, wants_help
+    argv = list(argv)
+    words = list(itertools.takewhile(lambda token: token[:1] != "-", argv))
+    places = getattr(cls, "POSITIONAL", ())  # settings that may stand first, without their names
+    for position, place in reversed(list(enumerate(places[: len(words)]))):
+        argv.insert(position, f"--{place}")
+    tokens = [re.sub("^--[^=]+", lambda n: "--" + n[0][2:].replace("-", "_"), t) for t in argv]
+    try:
+        found, strange = build_parser(cls).parse_known_args(tokens)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error.argument_name.partition('/')[0]}: {error.message}") from None
+    if strange:
+        option = argv[tokens.index(strange[0])]
+        if not option.startswith("--") or option == "--":
+            raise UserError(f"unexpected argument {option!r}; options are --name value")
+        _resolve(cls, option[2:].partition("=")[0], "--")
+    values = vars(found)
+    paths, wants_help = values.pop("config", []), values.pop("help", False)
+    for name, value in values.items():
+        if value in (None, []):
+            raise UserError(f"--{name} needs a value: {_describe(leaves(cls)[name])}")
+        if isinstance(value, list):
+            values[name] = _convert(leaves(cls)[name], " ".join(value), f"--{name}")
+    return values, paths, wants_help
 
 
-def _take(tokens: list[str], most: int) -> list[str]:
-    """Pop up to `most` values: what comes before the next option (-1 is a value)."""
-    values = list(itertools.takewhile(lambda t: not re.match("--|-[a-zA-Z]", t), tokens[:most]))
-    del tokens[: len(values)]
-    return values
+def build_parser(cls: type, values: Iterable[tuple[str, Value]] = ()) -> argparse.ArgumentParser:
+    """The parser of `cls`: an argument for every setting, a group for every section.
+
+    --help shows `values`, pairs of a dotted name and a value, instead of those settings' defaults.
+    """
+    shown = {name: setting.default for name, setting in _settings(cls).items()} | dict(values)
+    usage = "".join(f"--{name} {name.upper()} " for name in required(cls))
+    dotted = next((name for name in leaves(cls) if "." in name), None)
+    flat_names = (
+        f"Every --section.name is also --name: --{dotted} is --{_leaf(dotted)}. " if dotted else ""
+    )
+    parser = argparse.ArgumentParser(
+        prog=Path(sys.argv[0]).name,
+        usage=f"%(prog)s {usage}[--config FILE] [--OPTION VALUE ...]",
+        description=inspect.getdoc(cls),
+        epilog=f"{flat_names}Names may be written with - or _. Booleans take true or false; alone "
+        "they mean true. Flags win over --config, which wins over the recipe in configs/, which "
+        "wins over the built-in defaults.",
+        formatter_class=_HelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        exit_on_error=False,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    parser._negative_number_matcher = re.compile(r"-[.\d]")  # argparse's does not know -1e-3
+    parser.add_argument("-h", "--help", action="store_true", help="show this help message and exit")
+    groups = {"main": parser.add_argument_group("main")}
+    groups["main"].add_argument(
+        "--config",
+        metavar="FILE",
+        type=Path,
+        action="append",
+        help="Settings from a file: YAML, a run's config.yaml, or a DINO args.txt.",
+    )
+    for name, (kind, _, text, section) in _settings(cls).items():
+        if section not in groups:
+            groups[section] = parser.add_argument_group(section)
+        value = "required" if shown[name] is None else f"default: {as_text(shown[name])}"
+        groups[section].add_argument(
+            *dict.fromkeys((f"--{name}", f"--{_leaf(name)}")),
+            dest=name,
+            nargs="*" if typing.get_origin(kind) is tuple else "?",
+            const="true" if kind is bool else None,
+            type=None if typing.get_origin(kind) is tuple else functools.partial(_convert, kind),
+            choices=typing.get_args(kind) if typing.get_origin(kind) is Literal else None,
+            metavar=_metavar(kind),
+            help=f"{text} [{value}]".replace("%", "%%"),
+        )
+    return parser
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Shows one name of each option: what the other one is, the epilog says."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28, width=100)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if action.nargs == 0:
+            return super()._format_action_invocation(action)
+        return f"{action.option_strings[0]} {action.metavar}"
+
+
+def _metavar(kind: object) -> str:
+    """What stands for an option's value in --help."""
+    arguments = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return "{" + ",".join(arguments) + "}"
+    if arguments:
+        return "X ..." if Ellipsis in arguments else " ".join("X" for _ in arguments)
+    return {int: "N", float: "X", bool: "{true,false}", str: "TEXT"}[kind]
+
+
+@functools.cache
+def _documentation(cls: type) -> dict[str, str]:
+    """Setting -> the string below it in the source of `cls` or of a class that it extends."""
+    texts = {}
+    for owner in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
+        body = ast.parse(inspect.getsource(owner)).body[0].body
+        for statement, below in itertools.pairwise(body):
+            match statement, below:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(text)):
+                    texts[name] = " ".join(text.split())
+    return texts
 
 
 # Files
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain YAML whose keys must be unique. It reads 5e-4 as text, which `typed` takes care of."""
+    """Plain YAML whose keys must be unique. 5e-4 is text to it, but a number to `_convert`."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
@@ -259,16 +351,15 @@ def read_file(cls: type, path: Path) -> dict[str, Value]:
 
     Raises UserError.
     """
-    text = _read_text(path)
-    if path.suffix == ".txt":
-        return typed(cls, _read_dino_args(cls, text, path), str(path))
-    values: dict[str, object] = {}
-    for spelling, value in _open_sections(cls, _tree(text, path)):
+    text, values = _read_text(path), {}
+    is_dino = path.suffix == ".txt"
+    pairs = _read_dino_args(text, path) if is_dino else _open_sections(cls, _tree(text, path))
+    for spelling, value in pairs:
         name = _resolve(cls, spelling, str(path))
         if name in values:
             raise UserError(f"{path}: {name} is given twice (again as {spelling})")
-        values[name] = value
-    return typed(cls, values, str(path))
+        values[name] = _convert(leaves(cls)[name], value, f"{path}: {name}")
+    return values
 
 
 def read_tree(path: Path) -> dict:
@@ -306,120 +397,27 @@ def _open_sections(cls: type, tree: Mapping) -> Iterator[tuple[str, object]]:
             yield str(key), value
 
 
-def _read_dino_args(cls: type, text: str, path: Path) -> dict[str, object]:
-    """Values by dotted name from the "key: value" lines of a DINO args.txt (Python literals).
+def _read_dino_args(text: str, path: Path) -> Iterator[tuple[str, str]]:
+    """(name, value) of the "key: value" lines of a DINO args.txt.
 
     patch_size counts only for an arch without _p16 or _p8 in its name, as in DINO. What is ignored
     or translated is printed as one line.
     """
-    given: dict[str, object] = {}
+    given: dict[str, str] = {}
     for number, line in enumerate(text.splitlines(), 1):
         key, colon, value = line.partition(":")
         if line.strip() and not colon:
             raise UserError(f"{path}, line {number}: expected 'key: value', got {line.strip()}")
         if line.strip():
-            given[key.strip()] = _literal(value.strip())
+            given[key.strip()] = value.strip()
     ignored = ", ".join(key for key in given if key in IGNORED_DINO_KEYS)
     kept = {key: value for key, value in given.items() if key not in IGNORED_DINO_KEYS}
     translated = ""
     if "use_fp16" in kept:
-        kept["precision"] = "auto" if kept.pop("use_fp16") else "fp32"
+        kept["precision"] = "auto" if kept.pop("use_fp16") == "True" else "fp32"
         translated = f"; use_fp16 {given['use_fp16']} becomes precision {kept['precision']}"
-    if "arch" in kept and "patch_size" in given and not re.search(r"_p\d+$", str(kept["arch"])):
-        kept["arch"] = f"{kept['arch']}_p{given['patch_size']}"
+    if "arch" in kept and "patch_size" in given and not re.search(r"_p\d+$", kept["arch"]):
+        kept["arch"] += f"_p{given['patch_size']}"
     if os.environ.get("RANK", "0") == "0":
         print(f"{path}: ignored {ignored or 'nothing'}{translated}")
-    return {_resolve(cls, key, str(path)): value for key, value in kept.items()}
-
-
-def _literal(text: str) -> object:
-    """A Python literal, or the text itself."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
-# Help
-
-
-def print_help(cls: type, values: Mapping[str, Value]) -> None:
-    """Print every option of `cls`, with `values` in the place of the defaults they replace."""
-    _parser(cls, tuple(values.items())).print_help()
-
-
-@functools.cache
-def _parser(cls: type, values: tuple[tuple[str, Value], ...] = ()) -> jsonargparse.ArgumentParser:
-    """jsonargparse's view of `cls`: an argument for every setting, a group for every section."""
-    usage = "".join(f"--{name} {name.upper()} " for name in required(cls))
-    dotted = next((name for name in leaves(cls) if "." in name), None)
-    flat_names = (
-        f"Every --section.name is also --name: --{dotted} is --{_leaf(dotted)}. " if dotted else ""
-    )
-    parser = jsonargparse.ArgumentParser(
-        prog=Path(sys.argv[0]).name,
-        usage=f"%(prog)s {usage}[--config FILE] [--OPTION VALUE ...]",
-        description=inspect.getdoc(cls),
-        epilog=f"{flat_names}Names may be written with - or _. Booleans take true or false; alone "
-        "they mean true. Flags win over --config, which wins over the recipe in configs/, which "
-        "wins over the built-in defaults.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=100),
-        exit_on_error=False,
-        default_env=False,
-        allow_abbrev=False,
-    )
-    groups = {"": parser.add_argument_group("main")}
-    groups[""].add_argument(
-        "--config",
-        metavar="FILE",
-        help="Settings from a file: YAML, a run's config.yaml, or a DINO args.txt.",
-    )
-    defaults = dict.fromkeys(required(cls)) | _defaults(cls) | dict(values)
-    for name, kind in leaves(cls).items():
-        section, _, leaf = name.rpartition(".")
-        owner = typing.get_type_hints(cls)[section] if section else cls
-        if section not in groups:
-            groups[section] = parser.add_argument_group(f"{inspect.getdoc(owner)} (--{section}.*)")
-        shown = "required" if defaults[name] is None else f"default: {as_text(defaults[name])}"
-        groups[section].add_argument(
-            f"--{name}",
-            type=kind,
-            metavar=_metavar(kind),
-            help=f"{_documentation(owner)[leaf]} [{shown}]".replace("%", "%%"),
-        )
-    return parser
-
-
-def _defaults(cls: type) -> dict[str, Value]:
-    """Dotted name -> default of every setting that has one."""
-    values = {}
-    for item in dataclasses.fields(cls):
-        if item.default is not dataclasses.MISSING:
-            values[item.name] = item.default
-        elif item.default_factory is not dataclasses.MISSING:
-            section = flat(item.default_factory())
-            values |= {f"{item.name}.{leaf}": value for leaf, value in section.items()}
-    return values
-
-
-def _metavar(kind: object) -> str:
-    """What stands for an option's value in --help."""
-    arguments = typing.get_args(kind)
-    if typing.get_origin(kind) is Literal:
-        return "{" + ",".join(arguments) + "}"
-    if arguments:
-        return "X ..." if Ellipsis in arguments else " ".join("X" for _ in arguments)
-    return {int: "N", float: "X", bool: "{true,false}", str: "TEXT"}[kind]
-
-
-@functools.cache
-def _documentation(cls: type) -> dict[str, str]:
-    """Setting -> the string below it in the source of `cls` or of a class that it extends."""
-    texts = {}
-    for owner in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
-        body = ast.parse(inspect.getsource(owner)).body[0].body
-        for statement, below in itertools.pairwise(body):
-            match statement, below:
-                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(text)):
-                    texts[name] = " ".join(text.split())
-    return texts
+    yield from kept.items()

@@ -1,7 +1,8 @@
-"""The precision that a training or an evaluation computes in, by what the machine can do.
+"""The precision of a training or an evaluation, chosen by what the machine can do.
 
-bf16 and fp16 are autocast: layers multiply rounded numbers, all else is float32; in training fp16
-has a gradient scaler. fp32 is float32 throughout (`set_tf32`), auto the quickest here (`quickest`).
+bf16 and fp16 mean autocast: layers multiply rounded numbers, everything else is float32; training
+in fp16 adds a gradient scaler. fp32 is float32 throughout (`set_tf32`). auto is the fastest of them
+on this machine (`quickest`).
 """
 
 import dataclasses
@@ -19,10 +20,10 @@ from ssl_xcit.runtime import distributed
 from ssl_xcit.runtime.distributed import Distributed
 from ssl_xcit.runtime.options import Config
 
-NAMES = ("bf16", "fp16", "fp32")  # of several ranks' choices the last one holds
+NAMES = ("bf16", "fp16", "fp32")  # if ranks choose differently, the last of these wins
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TENSOR_CORES, NATIVE_BF16 = (7, 0), (8, 0)  # compute capabilities: V100, A100
-# A step is more than products: with products quicker by less than this it may be slower in all.
+# A step is more than matrix products: if those gain less than this, it may be slower overall.
 QUICKER = 1.4
 
 
@@ -34,10 +35,10 @@ class Precision(NamedTuple):
 
 
 def choose(asked: str, ranks: Distributed, stored: str | None = None) -> Precision:
-    """What `asked`, "auto" or one of NAMES, means here; all ranks call it, and agree.
+    """The precision that `asked` ("auto" or one of NAMES) means here; all ranks call it and agree.
 
-    What was begun in the precision `stored` goes on in it. What is asked for and slow here is done,
-    after one warning on stderr that says what it costs.
+    A run begun in precision `stored` continues in it. A precision that is slow here is used if
+    asked for, after one warning on stderr with its cost.
     """
     set_tf32()
     if asked != "auto":
@@ -52,7 +53,7 @@ def choose(asked: str, ranks: Distributed, stored: str | None = None) -> Precisi
 
 
 def settled(config: Config, ranks: Distributed, stored: str | None = None) -> Config:
-    """An evaluation's `config` with the precision that its own means here; says which and why."""
+    """An evaluation's `config` with "auto" resolved; prints which precision it is, and why."""
     found = choose(config.precision, ranks, stored)
     if ranks.rank == 0:
         print(f"precision {found.name}: {found.reason}", flush=True)
@@ -67,11 +68,11 @@ def _slow_or_not(name: str, ranks: Distributed, reason: str, better: str) -> Pre
 
 
 def quickest(device: torch.device) -> Precision:
-    """What "auto" takes on `device`: the one place that knows what a machine can do.
+    """What "auto" means on `device`: the one place that knows what a machine can do.
 
-    A GPU is asked for its compute capability: bf16 from 8.0 (A100) on, fp16 from 7.0 (V100, T4),
-    whose tensor cores know no bfloat16, fp32 below. A CPU is measured: torch emulates bfloat16
-    where the processor has none, or ATEN_CPU_CAPABILITY or ONEDNN_MAX_CPU_ISA forbid its use.
+    GPUs go by compute capability: bf16 from 8.0 (A100), fp16 from 7.0 (V100, T4), whose tensor
+    cores lack bfloat16, fp32 below. CPUs are measured: torch emulates bfloat16 where the processor
+    lacks it, or where ATEN_CPU_CAPABILITY or ONEDNN_MAX_CPU_ISA forbid it.
     """
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
@@ -88,14 +89,14 @@ def quickest(device: torch.device) -> Precision:
 
 
 def planned(asked: str, cuda: bool) -> str:
-    """What `asked` means on the machine of a plan: a GPU as they are today, or this CPU."""
+    """What `asked` means on the machine that is planned for: a current GPU, or this CPU."""
     if asked != "auto":
         return asked
     return "bf16" if cuda else quickest(torch.device("cpu")).name
 
 
 def slowdown(name: str, device: torch.device) -> str | None:
-    """What a precision costs that `device` can only emulate; None: it costs nothing."""
+    """The cost of a precision that `device` only emulates, in words; None: it is native."""
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         native = {"bf16": NATIVE_BF16, "fp16": TENSOR_CORES}.get(name, (0, 0))
@@ -108,10 +109,10 @@ def slowdown(name: str, device: torch.device) -> str | None:
 
 @functools.cache
 def product_time(name: str) -> float:
-    """Time of a layer's product in a precision, over that in float32, on this CPU.
+    """Time of a layer's matrix product in a precision, relative to float32, on this CPU.
 
-    Of one thread, in its own time, the quickest of some: what neighbours do hardly matters. Takes
-    milliseconds; 0.1 s where it is emulated.
+    The minimum over a few runs of one thread's CPU time, so other processes hardly matter. Takes
+    milliseconds; 0.1 s where the precision is emulated.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -135,14 +136,14 @@ def _seconds(x: Tensor, weight: Tensor) -> float:
 
 
 def autocast(device: torch.device, name: str) -> AbstractContextManager:
-    """Around a forward pass: lower precision where `name` says so."""
+    """The context of a forward pass in precision `name`."""
     return torch.autocast(device.type, DTYPES[name], enabled=name != "fp32")
 
 
 def set_tf32() -> None:
-    """Float32 products of a GPU are float32: torch's default has TF32 in convolutions alone.
+    """Switch TF32 off, so that float32 on a GPU is float32; torch's default has it in convolutions.
 
-    Nothing is lost by it: what is meant to be quick runs in bf16 or fp16, and what little remains
-    in float32 beside that (the loss, the head's unit vectors) is no matrix product of weight.
+    This costs nothing: whatever must be fast runs in bf16 or fp16, and what remains in float32 (the
+    loss, the head's unit vectors) is no large matrix product.
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

@@ -1,6 +1,6 @@
-"""The processor as a command finds it: the cores that it may use, and memory.
+"""The processor as a command finds it: the cores that it may use, and settings for memory.
 
-Nothing here imports torch: the variables are read when its libraries are loaded.
+Nothing here imports torch: its libraries read these variables when they are loaded.
 """
 
 import contextlib
@@ -13,17 +13,17 @@ MALLOC_TRIM_THRESHOLD, MALLOC_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 def usable_cores(root: Path = Path("/")) -> int:
-    """Cores that this process may keep busy, at least 1: its affinity, and its cgroup's CPU quota.
+    """Cores that this process may keep busy, at least 1: by affinity and its cgroup's CPU quota.
 
-    A container that was given 2 CPUs of 64 sees all 64, and is stopped for most of each period of
-    0.1 s when it uses more than 2. `root`: where /proc and /sys are, for the tests.
+    A container limited to 2 CPUs of 64 sees all 64. If it uses more than 2, it is stopped for most
+    of each period of 0.1 s. `root`: where /proc and /sys are, for the tests.
     """
     cores = len(os.sched_getaffinity(0))
     return max(1, min([cores, *(int(quota) for quota in _quotas(root))]))
 
 
 def _quotas(root: Path) -> list[float]:
-    """CPUs that each cgroup of this process allows, its own and those above; none: no limit."""
+    """CPUs that each cgroup of this process allows, its own and those above; empty: no limit."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:  # not Linux
@@ -33,8 +33,8 @@ def _quotas(root: Path) -> list[float]:
         _, controllers, path = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
             continue
-        # Version 2 at the one place, version 1 at the other. A container sees its own group as the
-        # root, whatever /proc calls it, hence the folders above, too.
+        # cgroup version 1 and 2 have different mount points. A container sees its own group as the
+        # root, whatever /proc calls it, so the folders above count too.
         mount = root / ("sys/fs/cgroup/cpu" if controllers else "sys/fs/cgroup")
         group = mount / path.lstrip("/")
         for folder in (group, *group.parents):
@@ -46,7 +46,7 @@ def _quotas(root: Path) -> list[float]:
 
 
 def _quota(folder: Path, version: int) -> float:
-    """CPUs; ValueError: as many as there are."""
+    """CPUs that one cgroup allows. Raises ValueError if it sets no limit."""
     if version == 2:
         quota, period = (folder / "cpu.max").read_text().split()  # "200000 100000", "max 100000"
     else:
@@ -59,7 +59,7 @@ def _quota(folder: Path, version: int) -> float:
 
 @functools.cache
 def made_by_intel() -> bool:
-    """Whether the processor is one of Intel's; False where Linux does not say."""
+    """Whether the processor is Intel's; False where that is unknown."""
     try:
         return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -67,16 +67,16 @@ def made_by_intel() -> bool:
 
 
 def prepare() -> None:
-    """What a command sets before torch is loaded; what the user has set stays.
+    """Settings that a command makes before torch is loaded; the user's own settings stay.
 
-    As many threads as there are usable cores. And huge pages from Linux, free memory kept by glibc:
-    a training step's tensors come and go, and on a CPU small pages, and giving memory back to take
-    it again, cost 6 % of the time of a large network's step and more of a small one's.
+    One thread per usable core. Huge pages, and free memory that glibc keeps: a training step
+    allocates and frees its tensors, and small pages and memory returned to the system cost 6 % of
+    the time of a large network's step on a CPU, and more of a small one's.
     """
     if usable_cores() < len(os.sched_getaffinity(0)):
         os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch looks when it first allocates
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it at its first allocation
     with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(MALLOC_MMAP_THRESHOLD, 32 * 2**20)  # the largest that it takes
+        mallopt(MALLOC_MMAP_THRESHOLD, 32 * 2**20)  # the largest value allowed
         mallopt(MALLOC_TRIM_THRESHOLD, -1)

@@ -1,9 +1,9 @@
-"""What is named by a string until it is needed: its module may take seconds to import."""
+"""Objects named by a string, because importing their module may take seconds."""
 
 import importlib
 
 
 def resolve(reference: str) -> object:
-    """What "package.module:name" stands for; imports the module."""
+    """The object that "package.module:name" names; imports the module."""
     module, _, name = reference.partition(":")
     return getattr(importlib.import_module(module), name)

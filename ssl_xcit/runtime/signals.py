@@ -1,7 +1,7 @@
-"""Signals that ask a training to stop: they set a flag, and the engine saves and leaves.
+"""Signals that ask a training to stop: they set a flag, and the engine saves and exits.
 
-SIGTERM (a cluster's preemption, `docker stop`), SIGINT (Ctrl-C) and SIGUSR2 (submitit's time limit)
-mean the same. Further signals change nothing: the first one is being answered.
+SIGTERM (preemption on a cluster, `docker stop`), SIGINT (Ctrl-C) and SIGUSR2 (submitit's time
+limit) mean the same. Further signals change nothing: the first is already being handled.
 """
 
 import signal
@@ -12,12 +12,12 @@ from types import FrameType
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 EXIT_STOPPED = 75
-"""Exit status of a training that a signal has ended (sysexits' EX_TEMPFAIL): its state is saved and
-the same command continues it."""
+"""Exit status of a training that a signal has stopped (sysexits' EX_TEMPFAIL): its state is saved,
+and the same command continues it."""
 
 
 class Stopped(SystemExit):
-    """A signal has ended the training; uncaught it becomes the exit status EXIT_STOPPED."""
+    """A signal has stopped the training; uncaught, it becomes the exit status EXIT_STOPPED."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(EXIT_STOPPED)
@@ -25,14 +25,14 @@ class Stopped(SystemExit):
 
 
 class StopSignals(AbstractContextManager):
-    """Within it a stop signal is noted instead of killing the process.
+    """A context in which a stop signal is noted instead of killing the process.
 
-    Python runs signal handlers in the main thread; in another one this context does nothing.
+    Python runs signal handlers in the main thread; in any other this context does nothing.
 
     Attributes:
         received: the name of the first signal, or "".
-        eager: while true a signal raises `Stopped` at once. For the time before the first step is
-            finished, when there is nothing to save and a compilation may take minutes.
+        eager: while true, a signal raises `Stopped` at once. Meant for the time before the first
+            step, when there is nothing to save and a compilation may take minutes.
     """
 
     def __init__(self, eager: bool = True) -> None:

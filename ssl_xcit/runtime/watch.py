@@ -1,9 +1,9 @@
-"""A watch over the ranks: when one of them stalls, the others say which one and end.
+"""A watch over the ranks: when one of them stalls, the others name it and exit.
 
-A rank that dies is noticed by the collectives and by torchrun at once. One that stalls (a stopped
-process, a hanging disk, a deadlock) leaves the others waiting inside of a collective, where they
-cannot look around. So one thread of each rank tells the others where its rank is and hears the same
-of them, and another one judges, once its own rank has waited too long.
+Collectives and torchrun notice at once when a rank dies. A rank that stalls (a stopped process, a
+hanging disk, a deadlock) leaves the others waiting inside a collective, where they can do nothing.
+So one thread of each rank exchanges progress reports with the others, and another one judges them
+once its own rank has waited too long.
 """
 
 import contextlib
@@ -18,13 +18,13 @@ import torch.distributed as dist
 
 from ssl_xcit.runtime.distributed import Distributed
 
-PATIENCE_S = 30.0  # that the store may take to answer
+PATIENCE_S = 30.0  # how long the store may take to answer
 
 
 class Watch(AbstractContextManager):
-    """Reports the progress of this rank, and ends the process when another one stalls.
+    """Reports this rank's progress, and ends the process when another rank stalls.
 
-    Without several ranks, or with a timeout of 0, it does nothing.
+    With one rank, or a timeout of 0, it does nothing.
 
     Args:
         ranks: this process among the others.
@@ -51,18 +51,18 @@ class Watch(AbstractContextManager):
         self._ended.set()
 
     def at(self, progress: int, activity: str) -> None:
-        """This rank has come to `progress`, a number that grows alike on all ranks.
+        """Note that this rank has reached `progress`, a number that grows alike on all ranks.
 
-        `activity` is for the message, such as "step 12" or "saving after step 12".
+        `activity` is for the message: "step 12" or "saving after step 12".
         """
         self._progress, self._activity, self._since = progress, activity, time.monotonic()
 
     def doing(self, activity: str) -> None:
-        """This rank does something that the others do not wait for, without coming on."""
+        """Note that this rank is busy with something that the others do not wait for."""
         self._activity, self._since = activity, time.monotonic()
 
     def _report(self) -> None:
-        """Exchange reports; any call here may block for ever when the store's host is stopped."""
+        """Exchange reports; any call here may block forever when the store's host is stopped."""
         ranks = [str(rank) for rank in range(self.ranks.world_size)]
         with contextlib.suppress(RuntimeError, ValueError):  # no answer: `_judge` sees the silence
             store = self._connect()

@@ -7,7 +7,6 @@ a copy of the program, code_N, which the job will run whatever happens to the or
 import contextlib
 import itertools
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -19,6 +18,8 @@ from pathlib import Path
 from ssl_xcit.dino.config import TrainConfig
 from ssl_xcit.runtime.config import INSTALLED, config_differences, read_config
 from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.runtime.files import write_text
+from ssl_xcit.runtime.provenance import commit
 from ssl_xcit.slurm.config import SlurmConfig
 from ssl_xcit.slurm.job import ROOT
 
@@ -110,7 +111,7 @@ def freeze(code: Path) -> None:
             shutil.copytree(ROOT / name, code / name, ignore=derived)
         else:
             shutil.copy2(ROOT / name, code / name)
-    (code / "COMMIT").write_text(f"{_commit()}\n")
+    (code / "COMMIT").write_text(f"{commit() or ''}\n")
 
 
 def _check_shared(out: Path) -> None:
@@ -131,7 +132,6 @@ def _check_shared(out: Path) -> None:
 
 def describe(folder: Path, job: str, cluster: str, code: str, facts: dict) -> None:
     """Write submission.json."""
-    folder.mkdir(parents=True, exist_ok=True)
     submitted = datetime.now(UTC).isoformat(timespec="seconds")
     document = {
         "job": job,
@@ -139,20 +139,7 @@ def describe(folder: Path, job: str, cluster: str, code: str, facts: dict) -> No
         "submitted": submitted,
         "command": sys.argv,
         "code": code,
-        "commit": _commit(),
+        "commit": commit() or "",
         **facts,
     }
-    partial = folder / f".submission.json.{os.getpid()}"
-    partial.write_text(json.dumps(document, indent=1) + "\n")
-    partial.replace(folder / "submission.json")
-
-
-def _commit() -> str:
-    """The git commit of this program, with -dirty if it was changed; "" if unknown."""
-    if INSTALLED:  # git would describe whatever repository the environment lies in
-        return ""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    with contextlib.suppress(OSError):
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        return done.stdout.strip()
-    return ""
+    write_text(folder / "submission.json", json.dumps(document, indent=1) + "\n")

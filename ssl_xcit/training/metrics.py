@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -11,6 +10,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm import tqdm
+
+from ssl_xcit.runtime.files import write_text
 
 
 class MetricsWriter:
@@ -24,12 +25,7 @@ class MetricsWriter:
         self.path = path
         if path.exists():
             kept = [row for row in read_metrics(path) if row["step"] < first_step]
-            temporary = path.with_suffix(".tmp")
-            with temporary.open("w") as file:
-                file.writelines(_line(row) for row in kept)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
+            write_text(path, "".join(map(_line, kept)))
         self._file = path.open("a")
 
     def write(self, row: dict) -> None:

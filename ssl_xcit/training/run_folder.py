@@ -3,22 +3,19 @@
 import json
 import platform
 import socket
-import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
-from ssl_xcit.runtime.config import (
-    INSTALLED,
-    PACKAGE,
-    config_differences,
-    read_config,
-    save_config,
-)
+from ssl_xcit.runtime.config import config_differences, read_config, save_config
 from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.runtime.files import make_folder, write_text
+from ssl_xcit.runtime.options import read_tree
 from ssl_xcit.runtime.processor import usable_cores
+from ssl_xcit.runtime.provenance import commit
 from ssl_xcit.training.config import TaskConfig
 
 RUN_FORMAT = 1  # of the run folder's layout; raised when an older program could misread it
@@ -27,53 +24,64 @@ RUN_FORMAT = 1  # of the run folder's layout; raised when an older program could
 def claim_folder(out: Path, kind: str, config: TaskConfig, global_batch: int) -> None:
     """Make the run folder this configuration's, or refuse it when it is another's.
 
-    `kind`: of training, "pretraining" or "fine-tuning".
+    `kind`: of training, "pretraining" or "fine-tuning". Raises UserError.
     """
-    described = out / "config.yaml"
+    make_folder(out)
+    if (out / "config.yaml").exists():
+        _check_owner(out, kind, config, global_batch)
+    else:
+        facts = {"format": RUN_FORMAT, "kind": kind, "global_batch": global_batch}
+        write_text(out / "run.json", json.dumps(facts) + "\n")
+        save_config(config, out / "config.yaml")
+    environment = {"command": sys.argv, "started": _now(), **host(), **versions()}
+    write_text(out / "environment.json", json.dumps(environment, indent=1) + "\n")
+
+
+def _check_owner(out: Path, kind: str, config: TaskConfig, global_batch: int) -> None:
+    """UserError unless the run in `out` is of this kind and configuration."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        if described.exists():
-            run = json.loads((out / "run.json").read_text())
-            if run["format"] > RUN_FORMAT:
-                raise UserError(
-                    f"{out} has run-folder format {run['format']}, this program reads up to "
-                    f"{RUN_FORMAT}: update ssl_xcit"
-                )
-            if run.get("kind", "pretraining") != kind:
-                raise UserError(
-                    f"{out} is the folder of a {run.get('kind', 'pretraining')}, not of a {kind}: "
-                    "choose another --out"
-                )
-            differences = config_differences(read_config(type(config), described), config)
-            if run["global_batch"] != global_batch:
-                differences.append(f"global batch: {run['global_batch']} -> {global_batch}")
-            if differences:
-                raise UserError(
-                    f"{out} belongs to a run with another configuration ({'; '.join(differences)});"
-                    " choose another --out, or repeat the run's own settings to continue it"
-                )
-        else:
-            facts = {"format": RUN_FORMAT, "kind": kind, "global_batch": global_batch}
-            (out / "run.json").write_text(json.dumps(facts) + "\n")
-            save_config(config, described)
-        environment = {"command": sys.argv, "started": _now(), **host(), **versions()}
-        (out / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
-    except OSError as error:
+        run = json.loads((out / "run.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{out}/run.json cannot be read: choose another --out") from error
+    if run["format"] > RUN_FORMAT:
         raise UserError(
-            f"cannot write the run folder {out}: {error.strerror}; choose another --out"
-        ) from error
+            f"{out} has run-folder format {run['format']}, this program reads up to "
+            f"{RUN_FORMAT}: update ssl_xcit"
+        )
+    if run.get("kind", "pretraining") != kind:
+        raise UserError(
+            f"{out} is the folder of a {run.get('kind', 'pretraining')}, not of a {kind}: "
+            "choose another --out"
+        )
+    differences = config_differences(read_config(type(config), out / "config.yaml"), config)
+    if run["global_batch"] != global_batch:
+        differences.append(f"global batch: {run['global_batch']} -> {global_batch}")
+    if differences:
+        raise UserError(
+            f"{out} belongs to a run with another configuration ({'; '.join(differences)});"
+            " choose another --out, or repeat the run's own settings to continue it"
+        )
 
 
-def stored_precision(out: Path, config: object) -> str | None:
-    """The precision of what was begun in `out` with a configuration of the kind of `config`.
+def stored_precision(file: Path | None) -> str | None:
+    """The precision in which what `file` describes was begun, to go on in the same one.
 
-    None: nothing was, or it cannot be read; `claim_folder` says so then.
+    `file`: a run's config.yaml, features (.safetensors), or a report (.json). None: it says none,
+    does not exist, or cannot be read; who reads it for good says why.
     """
-    try:
-        stored = read_config(type(config), out / "config.yaml")
-    except UserError:
+    if file is None:
         return None
-    found = getattr(stored, "run", stored).precision
+    try:
+        if file.suffix == ".yaml":
+            said = read_tree(file)
+        elif file.suffix == ".safetensors":
+            with safe_open(file, "pt") as content:
+                said = json.loads(content.metadata()["facts"])
+        else:
+            said = json.loads(file.read_text())
+        found = (said.get("run") or said.get("settings") or said)["precision"]
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError):
+        return None
     return None if found == "auto" else found
 
 
@@ -85,27 +93,6 @@ def versions() -> dict[str, str | None]:
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
         "commit": commit(),
     }
-
-
-def commit() -> str | None:
-    """The code's commit: what a job's frozen copy notes beside it, else git's word, if any."""
-    folder = PACKAGE.parent
-    noted = folder / "COMMIT"
-    if noted.is_file():
-        return noted.read_text().strip() or None
-    if INSTALLED:  # git would describe whatever repository the environment lies in
-        return None
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except FileNotFoundError:  # compute nodes may have no git
-        return None
-    return described.stdout.strip() or None
 
 
 def host() -> dict[str, str | int | None]:

@@ -1,10 +1,10 @@
-"""Stored linear classifiers: ours, which say what they belong to, and DINO's, which do not.
+"""Stored linear classifiers: ours, which name their network, and DINO's, which do not.
 
 Ours is a folder of two files:
 
-    linear.safetensors    weight (c, d) and bias (c,), for features as they come from the network
+    linear.safetensors    weight (c, d) and bias (c,), for features as the network gives them
     linear.json           its sha256; kind of features, architecture, sha256 of the backbone's
-                          tensors, classes, and the view and statistics of the images
+                          tensors, classes, and the view and normalisation of the images
 """
 
 import hashlib
@@ -12,21 +12,22 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ssl_xcit.checkpoints.read import read_linear_weights
+from ssl_xcit.evaluation.results import write_result
 from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.runtime.files import make_folder, new_file
 
 FORMAT = 1  # raised when an older reader could misread a newer folder
-KEYS = {"weight", "bias"}
 FACTS = {"features", "trained_on", "backbone", "class_names", "transform"}  # what readers rely on
 
 
 class Classifier(NamedTuple):
-    """A linear classifier, and what it says about itself (nothing: DINO's file)."""
+    """A linear classifier, and what linear.json says of it (DINO's file: nothing)."""
 
     weight: Float[Tensor, "c d"]
     bias: Float[Tensor, " c"]
@@ -35,38 +36,25 @@ class Classifier(NamedTuple):
 
 def save_classifier(folder: Path, classifier: Classifier) -> None:
     """Store in `folder`, each file complete or not at all. Raises UserError if the disk refuses."""
-    tensors = {
-        name: getattr(classifier, name).detach().float().cpu().contiguous() for name in sorted(KEYS)
-    }
-    content = save(tensors)
+    parts = {"weight": classifier.weight, "bias": classifier.bias}
+    content = save({name: t.detach().float().cpu().contiguous() for name, t in parts.items()})
     own = {"format": FORMAT, "sha256": hashlib.sha256(content).hexdigest()}
-    facts = classifier.facts | own
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, data in (
-            ("linear.safetensors", content),
-            ("linear.json", (json.dumps(facts, indent=1) + "\n").encode()),
-        ):
-            partial = folder / f".{name}.partial"
-            partial.write_bytes(data)
-            partial.replace(folder / name)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}; choose another --out") from error
+    make_folder(folder)
+    with new_file(folder / "linear.safetensors") as file:
+        file.write(content)
+    write_result(classifier.facts | own, folder / "linear.json")
 
 
 def load_classifier(path: Path) -> Classifier:
     """The classifier in a folder of ours, or in a file of DINO's eval_linear.py.
 
-    Raises UserError for anything else, anything damaged, and weights that are not finite: what is
-    returned has been read, all of it.
+    Raises UserError for anything else, for damaged files, and for weights that are not finite.
     """
     if path.is_file() and path.suffix != ".safetensors" and path.name != "linear.json":
-        tensors, facts = _read_dino(path), {}
+        weight, bias = read_linear_weights(path)
+        facts = {}
     else:
-        tensors, facts = _read_ours(path if path.is_dir() else path.parent)
-    if tensors.keys() != KEYS:
-        raise UserError(f"{path}: expected weight and bias, got {', '.join(sorted(tensors))}")
-    weight, bias = tensors["weight"].float(), tensors["bias"].float()
+        weight, bias, facts = _read_ours(path if path.is_dir() else path.parent)
     if weight.ndim != 2 or bias.shape != weight.shape[:1]:
         raise UserError(
             f"{path}: expected a weight (classes, features) and a bias (classes), got "
@@ -74,10 +62,10 @@ def load_classifier(path: Path) -> Classifier:
         )
     if not (weight.isfinite().all() and bias.isfinite().all()):
         raise UserError(f"{path}: the classifier contains NaN or infinity: its training diverged")
-    return Classifier(weight, bias, facts)
+    return Classifier(weight.float(), bias.float(), facts)
 
 
-def _read_ours(folder: Path) -> tuple[dict[str, Tensor], dict]:
+def _read_ours(folder: Path) -> tuple[Tensor, Tensor, dict]:
     if not (folder / "linear.json").exists():
         found = sorted(path.parent for path in folder.glob("*/linear.json"))
         advice = " or ".join(map(str, found)) or "DINO's linear file, or a folder of eval/linear.py"
@@ -96,22 +84,7 @@ def _read_ours(folder: Path) -> tuple[dict[str, Tensor], dict]:
             )
         if missing := FACTS - facts.keys():
             raise UserError(f"{folder / 'linear.json'} does not say {', '.join(sorted(missing))}")
-        return load(content), facts
+        tensors = load(content)
+        return tensors["weight"], tensors["bias"], facts
     except (OSError, KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
         raise UserError(f"{folder} is damaged: {error}: train the classifier again") from error
-
-
-def _read_dino(path: Path) -> dict[str, Tensor]:
-    """The tensors of {"state_dict": {"module.linear.weight": ..., "module.linear.bias": ...}}."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        state = content["state_dict"]
-        return {
-            key.removeprefix("module.").removeprefix("linear."): tensor
-            for key, tensor in state.items()
-        }
-    except Exception as error:  # torch raises many kinds for foreign, cut or unsafe files
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{path} is no linear classifier of DINO's, a dict with state_dict: {reason}"
-        ) from error
