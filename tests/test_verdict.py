@@ -353,7 +353,7 @@ def test_the_command_prints_one_line_and_needs_no_torch(tmp_path):
     rows = [row(step, loss=1.0, entropy=1.0) for step in range(5000, 5050, 10)]
     done = command(str(folder(tmp_path / "run", rows)))
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("verdict: uniform collapse: loss 1.000 of ln K, ")
+    assert done.stdout.startswith("verdict: uniform collapse: loss 1.000 ln K, ")
     assert done.stdout.count("\n") == 1
     program = "import sys; import ssl_xcit.dino.verdict; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)
@@ -362,9 +362,9 @@ def test_the_command_prints_one_line_and_needs_no_torch(tmp_path):
 def test_a_folder_that_is_no_pretraining_is_one_line_and_status_2(photos, tmp_path):
     done = command(str(tmp_path))
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert "no run folder" in done.stderr
+    assert "not a run folder" in done.stderr
     finetune(finetune_config(photos, tmp_path / "tuned", epochs=1))
-    with pytest.raises(UserError, match="of a fine-tuning"):
+    with pytest.raises(UserError, match="got that of a fine-tuning"):
         read_verdict(tmp_path / "tuned")
 
 
