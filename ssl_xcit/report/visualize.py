@@ -259,7 +259,7 @@ def colour_picture(colours: Float64[Tensor, "rows columns 3"]) -> Image.Image:
 def attention_pictures(
     attention: Float[Tensor, "heads rows columns"], shared: bool = False
 ) -> list[Image.Image]:
-    """Each head's map in the colours of RAMP, over its own range or, `shared`, that of all heads."""
+    """Each head's map in the colours of RAMP, over its own range or, if `shared`, all heads'."""
     stops = [tuple(bytes.fromhex(colour[1:])) for colour in RAMP]
     ramp = np.array(stops, np.float64)  # (stops, 3)
     places = np.linspace(0, 1, len(ramp))

@@ -1,13 +1,12 @@
 """The folder of a job: slurm/ in its run folder.
 
-There are the job's logs and submitit's files, a description of the submission (submission.json) and
-a copy of the program, code_N, which the job will run whatever happens to the original meanwhile.
+It holds the job's logs, submitit's files, a description of the submission (submission.json) and a
+copy of the program, code_N, which the job runs even if the original changes meanwhile.
 """
 
 import contextlib
 import itertools
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -19,6 +18,7 @@ from pathlib import Path
 from ssl_xcit.dino.config import TrainConfig
 from ssl_xcit.runtime.config import config_differences, read_config
 from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.runtime.files import new_file
 from ssl_xcit.slurm.config import SlurmConfig
 from ssl_xcit.slurm.job import ROOT
 
@@ -27,7 +27,7 @@ IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs"}  # file systems that no other machine
 
 
 def check_run_folder(train: TrainConfig) -> None:
-    """Raise UserError if the folder is another run's, or of a job that has not ended."""
+    """Raise UserError if the folder belongs to another run, or to a job that has not ended."""
     out = Path(train.out)
     if (out / "config.yaml").exists():
         differences = config_differences(read_config(TrainConfig, out / "config.yaml"), train)
@@ -49,17 +49,16 @@ def check_run_folder(train: TrainConfig) -> None:
 
 
 @contextlib.contextmanager
-def job_folder(out: Path, slurm: SlurmConfig) -> Iterator[str]:
-    """Around a submission: a copy of the program in out/slurm, whose path is given.
+def job_folder(out: Path, slurm: SlurmConfig, code: str) -> Iterator[None]:
+    """Around a submission: makes out/slurm, and a copy of the program in `code` unless it is "".
 
-    When the submission fails nothing is left. Raises UserError if there can be none.
+    Removes both if the submission fails. Raises UserError if it cannot succeed.
     """
     if slurm.cluster == "slurm" and shutil.which("sbatch") is None:
         raise UserError(
             "no sbatch on this machine: go where SLURM jobs are submitted, or --cluster local"
         )
     made = [path for path in (out / "slurm", *(out / "slurm").parents) if not path.exists()]
-    code = next_code(out, slurm)
     try:
         try:
             (out / "slurm").mkdir(parents=True, exist_ok=True)
@@ -71,22 +70,22 @@ def job_folder(out: Path, slurm: SlurmConfig) -> Iterator[str]:
             raise UserError(
                 f"cannot write {out}: {error.strerror}; choose another --out"
             ) from error
-        yield code
+        yield
     except BaseException:
         if code:
             shutil.rmtree(code, ignore_errors=True)
-        # What submitit has prepared, under names that are not yet a job's
+        # What submitit has prepared: its names do not hold a job's id yet
         for leftover in (out / "slurm").glob("*"):
             if leftover.name.startswith(".submission_file_") or len(leftover.stem) == 32:
                 leftover.unlink()
         for path in made:
-            with contextlib.suppress(OSError):  # it has become somebody else's, too
+            with contextlib.suppress(OSError):  # something else lies in it by now
                 path.rmdir()
         raise
 
 
 def next_code(out: Path, slurm: SlurmConfig) -> str:
-    """Where the copy of the program goes; "" for none, where the job is this very process."""
+    """Path of the copy of the program; "" on the cluster "debug", whose job is this process."""
     if slurm.cluster == "debug":
         return ""
     folder = out.absolute() / "slurm"
@@ -94,7 +93,7 @@ def next_code(out: Path, slurm: SlurmConfig) -> str:
 
 
 def freeze(code: Path) -> None:
-    """Copy the program to `code`, with what numba has compiled, but nothing else derived."""
+    """Copy the program to `code`, with numba's compiled code but no other derived files."""
 
     def derived(folder: str, names: list[str]) -> list[str]:
         if Path(folder).name == "__pycache__":
@@ -104,7 +103,7 @@ def freeze(code: Path) -> None:
     code.mkdir(parents=True)
     for name in PROGRAM:
         if (ROOT / name).is_dir():
-            # numba's files are valid for a source of the same time of change, which is copied
+            # copytree keeps modification times, by which numba recognises its sources
             shutil.copytree(ROOT / name, code / name, ignore=derived)
         else:
             shutil.copy2(ROOT / name, code / name)
@@ -112,7 +111,7 @@ def freeze(code: Path) -> None:
 
 
 def _check_shared(out: Path) -> None:
-    """Raise UserError if the folder is in this machine's memory and the cluster has others."""
+    """Raise UserError if the folder is in this machine's memory and the cluster has more nodes."""
     mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
     above = {str(path) for path in (out.resolve(), *out.resolve().parents)}
     _, mount, kind, *_ = max((m for m in mounts if m[1] in above), key=lambda m: len(m[1]))
@@ -122,27 +121,25 @@ def _check_shared(out: Path) -> None:
     found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
     if set(found) - {socket.gethostname(), socket.gethostname().partition(".")[0]}:
         raise UserError(
-            f"{out} is in the memory of this machine ({kind} at {mount}), where the job's machines "
-            "do not see it: choose an --out, or slurm.runs in configs/slurm.yaml, on a shared disk"
+            f"{out} is in the memory of this machine ({kind} at {mount}), which the job's machines "
+            "cannot see: choose an --out, or slurm.runs in configs/slurm.yaml, on a shared disk"
         )
 
 
 def describe(folder: Path, job: str, cluster: str, code: str, facts: dict) -> None:
     """Write submission.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    submitted = datetime.now(UTC).isoformat(timespec="seconds")
     document = {
         "job": job,
         "cluster": cluster,
-        "submitted": submitted,
+        "submitted": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
         "code": code,
         "commit": _commit(),
         **facts,
     }
-    partial = folder / f".submission.json.{os.getpid()}"
-    partial.write_text(json.dumps(document, indent=1) + "\n")
-    partial.replace(folder / "submission.json")
+    with new_file(folder / "submission.json", overwrite=True) as file:
+        file.write(json.dumps(document, indent=1).encode() + b"\n")
 
 
 def _commit() -> str:
