@@ -58,7 +58,7 @@ PLAIN_MODULES |= {"finetune.mixing", "finetune.augment", "finetune.average"}
 PLAIN_MODULES |= {"finetune.distillation"}
 # Imported by every --help, so nothing heavy.
 LIGHT = {"runtime.errors", "runtime.processor", "runtime.options", "runtime.config"}
-LIGHT |= {"runtime.files", "runtime.references"}
+LIGHT |= {"runtime.references"}
 LIGHT |= {
     "runtime.command",
     "training.config",

@@ -344,12 +344,12 @@ def test_long_runs_are_thinned_to_means_and_ranges():
     line = thinned(list(enumerate(values.tolist())), 240)
     size = 42
     groups = [values[k : k + size] for k in range(0, len(values), size)]
-    assert len(line.points) == len(groups) == 239
-    np.testing.assert_allclose([v for _, v in line.points], [g.mean() for g in groups])
-    assert [r[1:] for r in line.ranges] == [(g.min(), g.max()) for g in groups]
-    assert line.points[-1][0] == 10_006
+    assert len(line) == len(groups) == 239
+    np.testing.assert_allclose([point.value for point in line], [g.mean() for g in groups])
+    assert [point[2:] for point in line] == [(g.min(), g.max()) for g in groups]
+    assert line[-1].step == 10_006
     few = [(0, 1.0), (1, None)]
-    assert thinned(few, 240) == (few, [])
+    assert thinned(few, 240) == [(0, 1.0, 1.0, 1.0), (1, None, None, None)]
     text = charts.chart_html(Chart("Loss", "", [Series("", list(enumerate(values.tolist())))]))
     assert "their range" in text
 

@@ -1,4 +1,4 @@
-"""Does a pretraining work? A verdict in words: `ssl-xcit verdict RUN`.
+"""Does a pretraining work? A verdict in words, in the log and by `ssl-xcit verdict RUN`.
 
 It rests on the rows of metrics.jsonl and the configuration alone. The first of these that holds is
 the verdict; figures are medians of the newest RECENT rows.
@@ -17,17 +17,10 @@ K is `out_dim`. The comments below give the reasons for the thresholds. Their fi
 trainings of an xcit_nano_12 on Fashion-MNIST: the demo, and runs made to fail.
 """
 
-import argparse
-import json
 import math
 import statistics
-from collections.abc import Sequence
-from pathlib import Path
 
 from ssl_xcit.dino.config import TrainConfig
-from ssl_xcit.runtime.config import read_config
-from ssl_xcit.runtime.errors import UserError, exit_on_user_error
-from ssl_xcit.runtime.files import read_metrics
 from ssl_xcit.training.verdict import Verdict
 
 # Share of the run. Up to here all runs look alike: outputs are nearly uniform (the healthy demo has
@@ -274,27 +267,3 @@ def _number(row: dict, key: str) -> float | None:
 def _progress(row: dict, config: TrainConfig) -> float:
     """Share of the run done after `row`; for rows of older versions a lower bound, by the epoch."""
     return row.get("progress", row["epoch"] / config.optim.epochs)
-
-
-def read_verdict(run: Path) -> Verdict:
-    """The verdict on a run folder.
-
-    Raises UserError if it is not one, or of a fine-tuning.
-    """
-    facts, described = run / "run.json", run / "config.yaml"
-    if not (facts.is_file() and described.is_file()):
-        raise UserError(f"{run} is not a run folder: expected run.json and config.yaml in it")
-    kind = json.loads(facts.read_text()).get("kind", "pretraining")
-    if kind != "pretraining":
-        raise UserError(f"{run}: expected the run folder of a pretraining, got that of a {kind}")
-    return verdict(read_metrics(run / "metrics.jsonl"), read_config(TrainConfig, described))
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command `ssl-xcit verdict`."""
-    parser = argparse.ArgumentParser(
-        prog="ssl-xcit verdict", description="Say in words whether a pretraining works."
-    )
-    parser.add_argument("run", type=Path, help="run folder")
-    with exit_on_user_error():
-        print(read_verdict(parser.parse_args(argv).run).text)

@@ -40,29 +40,25 @@ class Chart(NamedTuple):
     dots: bool = False  # mark each value
 
 
-class Thinned(NamedTuple):
-    """The drawn points of a series: means of groups of equal size, and the range of each group."""
+class Point(NamedTuple):
+    """A drawn point: one value, or the mean and range of several; None if none is finite."""
 
-    points: list[tuple[Value, Value | None]]
-    ranges: list[tuple[Value, Value, Value]]  # step, minimum, maximum; empty if nothing is merged
+    step: Value
+    value: Value | None
+    low: Value | None
+    high: Value | None
 
 
-def thinned(points: Points, most: int = MOST_POINTS) -> Thinned:
-    """At most `most` points: each group's last step, and the mean and range of its finite values.
-
-    None where no value of a group is finite.
-    """
-    if len(points) <= most:
-        return Thinned(list(points), [])
+def thinned(points: Points, most: int = MOST_POINTS) -> list[Point]:
+    """At most `most` points, each of a group of equal size: its last step, mean and range."""
     size = -(-len(points) // most)
-    kept, ranges = [], []
+    kept = []
     for start in range(0, len(points), size):
         group = points[start : start + size]
         step, finite = group[-1][0], [value for _, value in group if value is not None]
-        kept.append((step, math.fsum(finite) / len(finite) if finite else None))
-        if finite:
-            ranges.append((step, min(finite), max(finite)))
-    return Thinned(kept, ranges)
+        mean = math.fsum(finite) / len(finite) if finite else None
+        kept.append(Point(step, mean, min(finite, default=None), max(finite, default=None)))
+    return kept
 
 
 def ticks(low: Value, high: Value, count: int = 4) -> list[Value]:
@@ -86,25 +82,28 @@ def number(value: Value, percent: bool = False) -> str:
 
 def chart_html(chart: Chart) -> str:
     """The chart as an HTML figure: title, last value of each line, drawing, note."""
-    lines = [(a.label, thinned(a.points)) for a in chart.series]
-    frame = _Frame.of(chart, lines)
+    lines = [(label, thinned(points)) for label, points in chart.series]
     readouts = []
-    for i, (label, line) in enumerate(lines):
-        finite = [value for _, value in line.points if value is not None]
-        last = number(finite[-1], chart.percent) if finite else "not finite"
+    for i, (label, points) in enumerate(lines):
+        finite = _finite(points)
+        last = number(finite[-1].value, chart.percent) if finite else "not finite"
         named = f"<i></i>{escape(label)} " if label else ""
         readouts.append(f'<span class="s{i}">{named}<b>{last}</b></span>')
-    end = max(line.points[-1][0] for _, line in lines)
+    end = max(points[-1].step for _, points in lines)
     note = chart.note
-    if any(line.ranges for _, line in lines):
+    if any(len(line.points) > MOST_POINTS for line in chart.series):
         note += " Points are means of several records, the band is their range."
     return (
         '<figure class="chart"><figcaption>'
         f"<h4>{escape(chart.title)}</h4>"
         f'<p class="readout">{"".join(readouts)}<span class="at">step {end:,.0f}</span></p>'
-        f"</figcaption>{_svg(chart, lines, frame)}"
+        f"</figcaption>{_svg(chart, lines)}"
         f'<p class="note">{escape(note)}</p></figure>'
     )
+
+
+def _finite(points: Sequence[Point]) -> list[Point]:
+    return [point for point in points if point.value is not None]
 
 
 class _Frame(NamedTuple):
@@ -116,13 +115,13 @@ class _Frame(NamedTuple):
     high: Value
 
     @classmethod
-    def of(cls, chart: Chart, lines: list[tuple[str, Thinned]]) -> "_Frame":
-        steps = [step for _, line in lines for step, _ in line.points]
-        values = [value for _, line in lines for _, value in line.points if value is not None]
-        values += [bound for _, line in lines for _, *pair in line.ranges for bound in pair]
+    def of(cls, chart: Chart, lines: list[tuple[str, list[Point]]]) -> "_Frame":
+        steps = [point.step for _, points in lines for point in points]
+        finite = [point for _, points in lines for point in _finite(points)]
+        values = [value for point in finite for value in (point.low, point.high)]
         values += [chart.reference[0]] if chart.reference else []
-        low, high = chart.limits or (min(values, default=0.0), max(values, default=1.0))
-        low, high = min([low, *values]), max([high, *values])
+        values += chart.limits or ([] if values else [0.0, 1.0])
+        low, high = min(values), max(values)
         if high - low <= 1e-9 * max(abs(low), abs(high)):  # a constant: in the middle
             room = abs(high) / 2 or 0.5
         else:
@@ -139,33 +138,31 @@ class _Frame(NamedTuple):
         )
 
 
-def _svg(chart: Chart, lines: list[tuple[str, Thinned]], frame: _Frame) -> str:
+def _svg(chart: Chart, lines: list[tuple[str, list[Point]]]) -> str:
+    frame = _Frame.of(chart, lines)
     parts = [_axes(chart, frame)]
     data = []
-    for i, (_, line) in enumerate(lines):
-        if line.ranges:
-            up = [f"{frame.x(step):.1f},{frame.y(high):.1f}" for step, _, high in line.ranges]
-            down = [f"{frame.x(step):.1f},{frame.y(low):.1f}" for step, low, _ in line.ranges]
-            outline = " ".join([*up, *reversed(down)])
+    for i, (_, points) in enumerate(lines):
+        finite = _finite(points)
+        if any(point.low < point.high for point in finite):
+            edges = [(point.step, point.high) for point in finite]
+            edges += [(point.step, point.low) for point in reversed(finite)]
+            outline = " ".join(f"{frame.x(step):.1f},{frame.y(value):.1f}" for step, value in edges)
             parts.append(f'<polygon class="band s{i}" points="{outline}"/>')
-        parts.append(f'<path class="line s{i}" d="{_path(line.points, frame)}"/>')
-        finite = [(step, value) for step, value in line.points if value is not None]
+        parts.append(f'<path class="line s{i}" d="{_path(points, frame)}"/>')
+        places = [(round(frame.x(p.step), 1), round(frame.y(p.value), 1)) for p in finite]
         if chart.dots or len(finite) == 1:
-            marks = (
-                f'<circle class="dot s{i}" r="2.6" cx="{frame.x(s):.1f}" cy="{frame.y(v):.1f}"/>'
-                for s, v in finite
-            )
-            parts.extend(marks)
+            parts += (f'<circle class="dot s{i}" r="2.6" cx="{x}" cy="{y}"/>' for x, y in places)
         data.append(
             {
-                "step": [step for step, _ in finite],
-                "x": [round(frame.x(step), 1) for step, _ in finite],
-                "y": [round(frame.y(value), 1) for _, value in finite],
-                "text": [number(value, chart.percent) for _, value in finite],
+                "step": [point.step for point in finite],
+                "x": [x for x, _ in places],
+                "y": [y for _, y in places],
+                "text": [number(point.value, chart.percent) for point in finite],
             }
         )
     parts.append(_level(chart, frame))
-    described = "; ".join(_in_words(label, line, chart.percent).strip() for label, line in lines)
+    described = "; ".join(_in_words(label, points, chart.percent) for label, points in lines)
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" data-lines="'
         f'{escape(json.dumps(data, separators=(",", ":")))}" '
@@ -174,16 +171,16 @@ def _svg(chart: Chart, lines: list[tuple[str, Thinned]], frame: _Frame) -> str:
     )
 
 
-def _path(points: Points, frame: _Frame) -> str:
+def _path(points: Sequence[Point], frame: _Frame) -> str:
     """A line, with a gap wherever a value is not finite."""
-    path, pen = [], "M"
-    for step, value in points:
-        if value is None:
+    path, pen = "", "M"
+    for point in points:
+        if point.value is None:
             pen = "M"
-            continue
-        path.append(f"{pen}{frame.x(step):.1f} {frame.y(value):.1f}")
-        pen = "L"
-    return "".join(path)
+        else:
+            path += f"{pen}{frame.x(point.step):.1f} {frame.y(point.value):.1f}"
+            pen = "L"
+    return path
 
 
 def _axes(chart: Chart, frame: _Frame) -> str:
@@ -221,12 +218,12 @@ def _level(chart: Chart, frame: _Frame) -> str:
     )
 
 
-def _in_words(label: str, line: Thinned, percent: bool) -> str:
+def _in_words(label: str, points: Sequence[Point], percent: bool) -> str:
     """A text alternative, for screen readers."""
-    finite = [value for _, value in line.points if value is not None]
-    if not finite:
-        return f"{label} is never finite"
+    values = [point.value for point in _finite(points)]
+    if not values:
+        return f"{label} is never finite".strip()
     first, last, low, high = (
-        number(value, percent) for value in (finite[0], finite[-1], min(finite), max(finite))
+        number(value, percent) for value in (values[0], values[-1], min(values), max(values))
     )
-    return f"{label} from {first} to {last}, between {low} and {high}"
+    return f"{label} from {first} to {last}, between {low} and {high}".strip()

@@ -1,9 +1,9 @@
-"""A table of all runs below a folder: `ssl-xcit runs FOLDER`.
+"""A table of all runs below a folder, `ssl-xcit runs FOLDER`, and one run's verdict.
 
-One row per run: the values that a sweep gave it, its state, epoch, steps and loss by the last row
-of metrics.jsonl, the k-NN top-1 of the cls token in percent (the best k of eval/knn.json, else the
-last probe), the time since the last row, and the verdict on a pretraining (`ssl-xcit verdict RUN`
-gives the reasons). The states:
+The table has one row per run: the values that a sweep gave it, its state, epoch, steps and loss by
+the last row of metrics.jsonl, the k-NN top-1 of the cls token in percent (the best k of
+eval/knn.json, else the last probe), the time since the last row, and the verdict on a pretraining.
+The states:
 
     pending, running, ...   SLURM's state of the run's job
     finished                all epochs are done
@@ -27,6 +27,7 @@ from ssl_xcit.runtime import options
 from ssl_xcit.runtime.config import read_config
 from ssl_xcit.runtime.errors import UserError, exit_on_user_error
 from ssl_xcit.runtime.files import read_metrics
+from ssl_xcit.training.verdict import Verdict
 
 Config = TrainConfig | FinetuneConfig
 SKIPPED = {"checkpoints", "slurm", "bad_step"}  # folders with many files and no runs
@@ -48,6 +49,14 @@ def read_run(run: Path) -> Config:
         raise UserError(f"{run} is not a run folder: expected config.yaml and run.json in it")
     fine_tuning = read_json(run / "run.json").get("kind") == "fine-tuning"
     return read_config(FinetuneConfig if fine_tuning else TrainConfig, run / "config.yaml")
+
+
+def read_verdict(run: Path) -> Verdict:
+    """The verdict on a run folder. Raises UserError if it is not that of a pretraining."""
+    config = read_run(run)
+    if not isinstance(config, TrainConfig):
+        raise UserError(f"{run}: expected the run folder of a pretraining, got a fine-tuning's")
+    return verdict(read_metrics(run / "metrics.jsonl"), config)
 
 
 def read_json(path: Path) -> dict:
@@ -142,3 +151,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="folder of run folders, or one run folder")
     with exit_on_user_error():
         print(list_runs(parser.parse_args(argv).folder))
+
+
+def verdict_main(argv: Sequence[str] | None = None) -> None:
+    """The command `ssl-xcit verdict`."""
+    parser = argparse.ArgumentParser(
+        prog="ssl-xcit verdict", description="Say in words whether a pretraining works."
+    )
+    parser.add_argument("run", type=Path, help="run folder")
+    with exit_on_user_error():
+        print(read_verdict(parser.parse_args(argv).run).text)
