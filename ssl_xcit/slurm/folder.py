@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ssl_xcit.dino.config import TrainConfig
+from ssl_xcit.report.runs import job_states, read_json
 from ssl_xcit.runtime.config import config_differences, read_config
 from ssl_xcit.runtime.errors import UserError
 from ssl_xcit.runtime.files import new_file
@@ -36,16 +37,12 @@ def check_run_folder(train: TrainConfig) -> None:
                 f"{out} belongs to a run with another configuration ({'; '.join(differences)}); "
                 "choose another --out, or repeat the run's own settings to continue it"
             )
-    described = out / "slurm/submission.json"
-    if described.exists() and shutil.which("squeue"):
-        job = json.loads(described.read_text())["job"]
-        command = ["squeue", "--noheader", "--jobs", job, "--format", "%T"]
-        found = subprocess.run(command, capture_output=True, text=True, check=False)
-        if found.stdout.strip():
-            raise UserError(
-                f"{out} is the folder of job {job}, which is {found.stdout.split()[0]}: scancel "
-                f"{job} first, or choose another --out"
-            )
+    job = read_json(out / "slurm/submission.json").get("job")
+    if job and (state := job_states().get(job)):
+        raise UserError(
+            f"{out} is the folder of job {job}, which is {state}: scancel {job} first, or choose "
+            "another --out"
+        )
 
 
 @contextlib.contextmanager

@@ -291,18 +291,13 @@ def _additional(text: str) -> dict[str, str | bool]:
 
 @contextlib.contextmanager
 def _outside_of_any_job() -> Iterator[None]:
-    """Hide the environment of a job that submits another, which would take it for its own."""
-    inside = "SLURM_JOB_ID" in os.environ
-    ranks = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    hidden = {
-        name: value
-        for name, value in os.environ.items()
-        if name in ranks
-        or name.startswith("SUBMITIT_")
-        or (inside and name.startswith(("SLURM_", "SRUN_")) and name != "SLURM_CONF")
-    }
-    for name in hidden:
-        del os.environ[name]
+    """Hide the environment of the job that submits another, but no settings of the user's own."""
+    names = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    names |= {name for name in os.environ if name.startswith("SUBMITIT_")}
+    if "SLURM_JOB_ID" in os.environ:
+        names |= {name for name in os.environ if name.startswith(("SLURM_", "SRUN_"))}
+        names -= {"SLURM_CONF"}
+    hidden = {name: os.environ.pop(name) for name in names & os.environ.keys()}
     try:
         yield
     finally:
