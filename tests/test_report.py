@@ -332,9 +332,9 @@ def test_keys_that_nobody_knows_have_a_chart_and_absent_ones_none():
 
 def test_a_value_that_was_not_finite_is_a_gap():
     points = [(1, 2.0), (2, 3.0), (3, None), (4, 1.0), (5, 2.0)]
-    text = charts.chart_html(Chart("Loss", "", [Series("", points)]))
+    text = charts.chart_html(Chart("Loss", series=[Series("", points)]))
     assert re.search(' d="(.*?)"', text)[1].count("M") == 2
-    never = charts.chart_html(Chart("Loss", "", [Series("", [(1, None)])]))
+    never = charts.chart_html(Chart("Loss", series=[Series("", [(1, None)])]))
     assert "not finite" in never
 
 
@@ -350,7 +350,7 @@ def test_long_runs_are_thinned_to_means_and_ranges():
     assert line[-1].step == 10_006
     few = [(0, 1.0), (1, None)]
     assert thinned(few, 240) == [(0, 1.0, 1.0, 1.0), (1, None, None, None)]
-    text = charts.chart_html(Chart("Loss", "", [Series("", list(enumerate(values.tolist())))]))
+    text = charts.chart_html(Chart("Loss", series=[Series("", list(enumerate(values.tolist())))]))
     assert "their range" in text
 
 

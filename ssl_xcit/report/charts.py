@@ -6,8 +6,9 @@ page's script adds the value under the pointer.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
+from types import MappingProxyType
 from typing import NamedTuple
 
 WIDTH, HEIGHT = 360, 180  # of the drawing, in SVG units: about pixels
@@ -29,11 +30,13 @@ class Series(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """Lines over the steps of a run."""
+    """Lines over the steps of a run: what they show, and the lines once there are rows."""
 
     title: str
     note: str = ""
+    keys: Mapping[str, str] = MappingProxyType({})  # of metrics.jsonl -> label of the line
     series: Sequence[Series] = ()
+    scale: float = 1.0  # from logged values to drawn ones
     percent: bool = False  # values are shares, shown as percent
     reference: tuple[Value, str] | None = None  # a level to compare with, and its label
     limits: tuple[Value, Value] | None = None  # of the y axis; by default those of the values

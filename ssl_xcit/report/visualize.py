@@ -6,7 +6,6 @@ principal components of the patch tokens, as red, green and blue, show which par
 alike to the network.
 """
 
-import io
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -142,14 +141,10 @@ def _decode(path: Path, channels: int) -> UInt8[np.ndarray, "h w c"]:
             ".beton of such images"
         )
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(path) as image:
             turned = ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: expected an image that Pillow can read: {error}") from error
+        raise UserError(f"{path}: cannot be read as an image: {error}") from error
     return np.atleast_3d(np.asarray(turned))
 
 

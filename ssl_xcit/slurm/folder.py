@@ -91,16 +91,11 @@ def next_code(out: Path, slurm: SlurmConfig) -> str:
 
 def freeze(code: Path) -> None:
     """Copy the program to `code`, with numba's compiled code but no other derived files."""
-
-    def derived(folder: str, names: list[str]) -> list[str]:
-        if Path(folder).name == "__pycache__":
-            return [name for name in names if not name.endswith((".nbi", ".nbc"))]
-        return []
-
     code.mkdir(parents=True)
     for name in PROGRAM:
         if (ROOT / name).is_dir():
             # copytree keeps modification times, by which numba recognises its sources
+            derived = shutil.ignore_patterns("*.pyc*")
             shutil.copytree(ROOT / name, code / name, ignore=derived)
         else:
             shutil.copy2(ROOT / name, code / name)
