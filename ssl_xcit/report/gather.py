@@ -87,8 +87,11 @@ def _or_why(title: str, make: Callable[[], str]) -> str:
 
 def _facts(run: Path, config: Config, rows: list[dict]) -> list[str]:
     """Architecture, data, state, progress."""
-    arch = config.arch or "as in its start"
-    facts = [arch, Path(config.data).name, describe_run(run, job_states())["state"]]
+    facts = [
+        config.arch or "architecture of --init",
+        Path(config.data).name,
+        describe_run(run, job_states())["state"],
+    ]
     if rows:
         last = rows[-1]
         facts.append(f"epoch {last['epoch'] + 1} of {config.optim.epochs}")
@@ -185,8 +188,8 @@ def _results(run: Path, file: Path) -> Iterator[Result]:
             features = found.get("selected", {}).get("features", "")
             yield row(f"linear probe, {protocol}", found, features)
     if "top1" in result:
-        epochs = result.get("epochs")
-        yield row(f"fine-tuning, {epochs} epochs" if epochs else "own classifier", result)
+        tuned = f"fine-tuning, {result['epochs']} epochs" if "epochs" in result else ""
+        yield row(tuned or "own classifier", result)
 
 
 def _network(run: Path, result: Mapping) -> tuple[str, bool]:
