@@ -159,7 +159,6 @@ class MultiCropLoader(_Loader):
 
     Attributes:
         corrupt: {index: reason} of the corrupt images met so far.
-        damaged: indices of the images decoded with a warning (superfluous bytes) so far.
 
     Raises:
         UserError: wrong arguments, or fewer images than one global batch; on iteration, too many
@@ -194,7 +193,6 @@ class MultiCropLoader(_Loader):
                 "accumulation steps): use a smaller batch"
             )
         self.corrupt: dict[int, str] = {}
-        self.damaged: set[int] = set()
         self.epoch = self._start_step = self._seen = 0
 
     def __len__(self) -> int:
@@ -226,20 +224,8 @@ class MultiCropLoader(_Loader):
                 yield indices, kernels.sample_keys(self.seed, epoch, indices)
 
     def _finish(self, batch: Batch) -> tuple[Tensor, ...]:
-        self._mend(batch)
-        return *batch.tensors, torch.from_numpy(batch.indices.copy())
-
-    def _mend(self, batch: Batch) -> None:
-        """Replace the corrupt images of a batch; usually there are none."""
         self._seen += len(batch.indices)
-        if not batch.status.any():
-            return
-        for index in batch.indices[batch.status == kernels.DAMAGED].tolist():
-            if index not in self.damaged:
-                self.damaged.add(index)
-                logger.info("%s: image %d has superfluous bytes", self.beton.path, index)
-        broken = np.flatnonzero(batch.status > kernels.DAMAGED)
-        for slot in broken.tolist():
+        for slot in np.flatnonzero(batch.status > kernels.DAMAGED).tolist():
             index = int(batch.indices[slot])
             known = index in self.corrupt
             self.corrupt[index] = REASONS[batch.status[slot]]
@@ -250,6 +236,7 @@ class MultiCropLoader(_Loader):
                     "%s: image %d is corrupt (%s); image %d takes its place",
                     self.beton.path, index, self.corrupt[index], shown,
                 )  # fmt: skip
+        return *batch.tensors, torch.from_numpy(batch.indices.copy())
 
     def _stop_if_too_many(self) -> None:
         seen = min(self._seen, len(self.images))

@@ -5,7 +5,7 @@ as one array. `ssl_xcit.data.kernels` draws and computes them; each operation eq
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from ssl_xcit.runtime.errors import UserError
@@ -174,18 +174,9 @@ def three_augment_views(
     A crop and flip; one of grayscale, solarize and blur; jitter of brightness, contrast and
     saturation. `simple_crop` is the paper's Simple Random Crop, else a random resized crop.
     """
-    view = View(
-        size,
-        scale,
-        interpolation=interpolation,
-        simple_crop=simple_crop,
-        one_of=True,
-        jitter=float(jitter > 0),
-        brightness=jitter,
-        contrast=jitter,
-        saturation=jitter,
-    )
-    return [[view]]
+    [[view]] = supervised_views(size, scale, interpolation, simple_crop)
+    strengths = {"brightness": jitter, "contrast": jitter, "saturation": jitter}
+    return [[replace(view, one_of=True, jitter=float(jitter > 0), **strengths)]]
 
 
 def _require(holds: bool, view: View | EvalView, name: str, expected: str) -> None:
