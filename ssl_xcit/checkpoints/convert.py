@@ -24,7 +24,7 @@ from jaxtyping import Float
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ssl_xcit.checkpoints.formats import StateDict, to_mmpretrain, to_timm
+from ssl_xcit.checkpoints.formats import CLASSIFIER, StateDict, to_mmpretrain, to_timm
 from ssl_xcit.checkpoints.read import Weights, read, read_linear_weights
 from ssl_xcit.models.xcit import build_xcit
 from ssl_xcit.runtime.errors import UserError, exit_on_user_error
@@ -86,7 +86,9 @@ def convert(
         _require("onnx", "onnxscript", "onnxruntime")
     original = read(source, role, arch)
     weights = dataclasses.replace(original, state=original.backbone) if to == "dino" else original
-    left_out = tuple(key for key in original.state if key not in weights.state)
+    left_out = tuple(
+        key for key in CLASSIFIER if key in original.state.keys() - weights.state.keys()
+    )
     model = weights.build()
     make_folder(out.parent)
     with new_file(out, overwrite) as file:

@@ -76,7 +76,7 @@ def _load(network: XCiT, weights: Weights, keep_head: bool) -> tuple[int, list[s
             f"{channels}: write them again with --channels {weights.in_chans}"
         )
     taken = weights.state if keep_head else weights.backbone
-    unused = [name for name in weights.state if name not in taken]
+    unused = [name for name in CLASSIFIER if name in weights.state.keys() - taken.keys()]
     new = [name for name in own if name not in taken]
     assert new == ([] if keep_head else list(CLASSIFIER)), new
     network.load_state_dict(own | taken)
