@@ -36,7 +36,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
     """{"plain_ms": ..., "logged_ms": ..., "diagnostics_ms": ..., "share_percent": ...}"""
     import torch
 
-    from ssl_xcit.dino import train
+    from ssl_xcit.dino import algorithm, train
     from ssl_xcit.dino.config import TrainConfig
     from ssl_xcit.runtime import distributed
     from ssl_xcit.runtime.config import load_config
@@ -54,7 +54,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
     batch = tuple(part.clone() for part in batch)
     task.loader.close()
     spent: dict[bool, list[float]] = {False: [], True: []}
-    means, alone = train.batch_means, []
+    means, alone = algorithm.batch_means, []
 
     def timed(*arguments: object) -> torch.Tensor:
         start = time.process_time()
@@ -62,7 +62,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
         alone.append(1000 * (time.process_time() - start))
         return found
 
-    train.batch_means = timed
+    algorithm.batch_means = timed
     for _, logged in itertools.product(range(args.pairs + 1), (False, True)):
         task.recorded = lambda step, logged=logged: logged
         start = time.process_time()

@@ -41,10 +41,8 @@ def main() -> None:
         points.append((f"2 + {crops} crops", point, tokens))
     table(args, "local crops (last column: tokens)", points)
     points = []
-    for chunk in (0, 4096):
-        for out_dim in (4096, 16384, 65536, 262144):
-            name = f"out_dim {out_dim:,}" + (f", {chunk:,} at a time" if chunk else "")
-            points.append((name, case._replace(out_dim=out_dim, chunk=chunk), out_dim))
+    for out_dim in (4096, 16384, 65536, 262144):
+        points.append((f"out_dim {out_dim:,}", case._replace(out_dim=out_dim), out_dim))
     table(args, "prototypes", points)
     table(args, "ranks", [(f"{n} ranks", case, n) for n in (1, 2)], ranks=True)
 

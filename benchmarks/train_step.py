@@ -37,7 +37,6 @@ class Case(NamedTuple):
     hidden: int = 2048
     bottleneck: int = 256
     drop_path: float = 0.1
-    chunk: int = 0
     in_turn: bool = False
 
 
@@ -55,7 +54,6 @@ OURS = {  # settings of class Run, and what differs from the case
     "ours bf16": {"precision": "bf16"},
     "ours fp32 compiled": {"compile": True},
     "ours bf16 compiled": {"precision": "bf16", "compile": True},
-    "ours bf16 chunked": {"precision": "bf16", "chunk": 8192},
     "ours bf16 checkpointed": {"precision": "bf16", "activation_checkpointing": True},
     "ours bf16 in turn": {"precision": "bf16", "in_turn": True},
     "ours bf16 in turn checkpointed": {
@@ -265,7 +263,6 @@ def settings(case: Case, run: dict, folder: Path, device: str) -> object:
             norm_last_layer=True,
             head_hidden_dim=case.hidden,
             head_bottleneck_dim=case.bottleneck,
-            prototype_chunk=case.chunk,
         ),
         loss=Loss(teacher_temp=0.04),
         optim=Optim(batch_size_per_gpu=case.batch, epochs=100, clip_grad=3.0, freeze_last_layer=0),

@@ -16,11 +16,11 @@ from ssl_xcit.training.log import Log
 close, loss = Log.close, Pretraining.loss
 
 
-def note_and_lose(task: Pretraining, batch: tuple[Tensor, ...], step: int, micro: int):
+def note_and_lose(task: Pretraining, batch: tuple[Tensor, ...], step: int, micro: int, now: dict):
     """The loss of a micro-batch whose images have been noted."""
     with open(Path(task.config.out) / f"images_{task.ranks.rank}", "a") as file:
         print(step, task.loader.place(micro), *batch[2].tolist(), file=file)
-    return loss(task, batch, step, micro)
+    return loss(task, batch, step, micro, now)
 
 
 def dump_and_close(log: Log) -> None:

@@ -72,10 +72,10 @@ def tell_when_leaving(folder: Path) -> None:
 def raise_at(failing: int) -> None:
     loss = Pretraining.loss
 
-    def raising(task: Pretraining, batch, step: int, micro: int):
+    def raising(task: Pretraining, batch, step: int, micro: int, now: dict):
         if step == failing and task.ranks.rank == 1:
             raise RuntimeError("the cause of it")
-        return loss(task, batch, step, micro)
+        return loss(task, batch, step, micro, now)
 
     Pretraining.loss = raising
 

@@ -563,7 +563,7 @@ def test_only_what_does_not_change_the_science_may_change():
     may = {
         *("out", "optim.batch_size_per_gpu", "optim.accumulation_steps"),
         *("run.device", "run.num_workers", "run.compile", "run.log_every"),
-        *("run.activation_checkpointing", "crops.crops_in_turn", "head.prototype_chunk"),
+        *("run.activation_checkpointing", "crops.crops_in_turn"),
         *("run.save_every", "run.keep_last", "run.saveckp_freq"),
         *("run.max_bad_steps", "run.stall_timeout", "run.tensorboard", "run.wandb"),
         *(name for name in options.leaves(TrainConfig) if name.startswith("probe.")),

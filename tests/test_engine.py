@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from ssl_xcit.runtime import distributed
 from ssl_xcit.runtime.config import load_config
 from ssl_xcit.runtime.errors import UserError
 from ssl_xcit.training.engine import run_task
-from ssl_xcit.training.metrics import RunningMeans, read_metrics
+from ssl_xcit.training.metrics import read_metrics
 from ssl_xcit.training.optim import build_optimizer, parameter_groups
 from ssl_xcit.training.task import StepLoss, Task
 
@@ -29,7 +30,7 @@ class Brightness(Task):
 
     def __init__(self, config: FinetuneConfig, steps_per_epoch: int = 4) -> None:
         self.configure(config, distributed.setup("cpu"))
-        self.per_epoch, self.calls = steps_per_epoch, []
+        self.per_epoch, self.calls, self.found = steps_per_epoch, [], []
         self.loader = MultiCropLoader(
             config.data,
             [[View(8, (1.0, 1.0))]],
@@ -40,9 +41,6 @@ class Brightness(Task):
         torch.manual_seed(0)
         self.model = nn.Linear(1, 1)
         self.optimizer = build_optimizer("sgd", parameter_groups(self.model))
-        self.meters = RunningMeans(
-            ("train/loss", "train/guess", "train/grad_norm"), torch.device("cpu")
-        )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -51,16 +49,19 @@ class Brightness(Task):
     def hyperparameters(self, step: int) -> dict[str, float]:
         return {"lr": 0.1, "weight_decay": 0.0, "step": float(step)}
 
-    def loss(self, batch: tuple[Tensor, ...], step: int, micro: int) -> StepLoss:
+    def loss(self, batch: tuple[Tensor, ...], step: int, micro: int, now: dict) -> StepLoss:
+        assert now == self.hyperparameters(step)
         self.calls.append(("loss", step, micro, *sorted(batch[1].tolist())))
         guess = self.model(torch.ones(1, 1)).squeeze()
-        return StepLoss((guess - batch[0].mean()) ** 2, (guess.detach(),))
+        found = torch.stack([guess.detach(), batch[1].float().mean()])
+        return StepLoss((guess - batch[0].mean()) ** 2, found)
 
     def before_update(self, step: int) -> None:
         self.calls.append(("before", step))
 
-    def after_update(self, step: int, shared: Tensor, bad: Tensor) -> None:
-        self.calls.append(("after", step))
+    def after_update(self, now: dict, means: Tensor, bad: Tensor) -> None:
+        self.calls.append(("after", int(now["step"])))
+        self.found.append(means.tolist())
 
     def modules(self) -> list[nn.Module]:
         return [self.model]
@@ -103,6 +104,14 @@ def test_a_step_is_its_micro_batches_and_then_each_hook_once(photos, tmp_path):
     assert kinds == [*step[0], *step[1]]
 
 
+def test_what_the_losses_found_reaches_the_update_as_the_mean_over_micro_batches(photos, tmp_path):
+    task = Brightness(config(photos, tmp_path / "run", epochs=1), steps_per_epoch=2)
+    run_task(task)
+    images = [call[3:] for call in task.calls if call[0] == "loss"]
+    for step, (_, found) in enumerate(task.found):
+        assert found == pytest.approx(np.mean([images[2 * step], images[2 * step + 1]]))
+
+
 def test_an_epoch_may_end_before_the_loaders_and_the_next_has_an_order_of_its_own(photos, tmp_path):
     task = Brightness(config(photos, tmp_path / "run"), steps_per_epoch=3)
     run_task(task)
@@ -122,7 +131,7 @@ def test_the_log_has_the_evaluations_rows_with_what_was_scheduled(photos, tmp_pa
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [7, 15]
     assert rows[-1] == last
-    assert all({"test/bias", "train/guess", "train/grad_norm"} <= row.keys() for row in rows)
+    assert all({"test/bias", "train/loss", "train/grad_norm"} <= row.keys() for row in rows)
     assert [row["schedule/step"] for row in rows] == [7.0, 15.0]
     assert task.calls.count(("evaluate",)) == 2
 
@@ -164,8 +173,8 @@ def test_the_folder_of_another_kind_of_training_is_refused(photos, tmp_path):
 
 def test_weights_that_are_not_finite_are_never_published(photos, tmp_path):
     class Broken(Brightness):
-        def after_update(self, step: int, shared: Tensor, bad: Tensor) -> None:
-            if step == 5:
+        def after_update(self, now: dict, means: Tensor, bad: Tensor) -> None:
+            if now["step"] == 5:
                 self.model.bias.data.fill_(torch.nan)
 
     task = Broken(config(photos, tmp_path / "run"))

@@ -92,8 +92,8 @@ on_device = Task.on_device
 Task.on_device = lambda *arguments: on_device(*arguments).to(torch.get_default_dtype())
 
 class Observed(Pretraining):
-    def loss(self, batch, step, micro):
-        found_loss = super().loss(batch, step, micro)
+    def loss(self, batch, step, micro, now):
+        found_loss = super().loss(batch, step, micro, now)
         share = found_loss.loss.detach() / self.config.optim.accumulation_steps
         found["loss"] = found.get("loss", 0) + share  # the log's means are float32
         return found_loss

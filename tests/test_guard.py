@@ -35,16 +35,16 @@ class Poisoned(Pretraining):
 
     poison: dict
 
-    def loss(self, batch, step, micro):
-        found = super().loss(batch, step, micro)
+    def loss(self, batch, step, micro, now):
+        found = super().loss(batch, step, micro, now)
         kind = self.poison.get((step, micro))
         if kind == "loss":
-            return StepLoss(found.loss * float("nan"), found.statistics)
+            return StepLoss(found.loss * float("nan"), found.means)
         if kind == "infinite loss":
-            return StepLoss(found.loss + float("inf"), found.statistics)
+            return StepLoss(found.loss + float("inf"), found.means)
         if kind == "gradient":  # a finite loss whose gradient is not
             weight = next(self.bare_model.parameters())
-            return StepLoss(found.loss + (weight.flatten()[0] * 0).sqrt(), found.statistics)
+            return StepLoss(found.loss + (weight.flatten()[0] * 0).sqrt(), found.means)
         return found
 
 

@@ -22,11 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ssl_xcit.checkpoints.folder import save_checkpoint
 from ssl_xcit.data.beton import Beton
 from ssl_xcit.data.datasets import check_datasets
-from ssl_xcit.data.loader import EvalLoader
-from ssl_xcit.data.views import EvalView
 from ssl_xcit.data.writer import write_beton
 from ssl_xcit.dino.config import Crops, TrainConfig
-from ssl_xcit.dino.probe import knn_probe
+from ssl_xcit.dino.config import Probe as ProbeSettings
+from ssl_xcit.dino.probe import Probe
 from ssl_xcit.evaluation import knn, knn_evaluation
 from ssl_xcit.evaluation.cache import fingerprint, load_features
 from ssl_xcit.evaluation.config import KnnConfig
@@ -40,9 +39,10 @@ from ssl_xcit.evaluation.knn import (
 from ssl_xcit.evaluation.knn_evaluation import evaluate_knn
 from ssl_xcit.models.variants import VARIANTS
 from ssl_xcit.models.xcit import build_xcit
-from ssl_xcit.runtime import precision
+from ssl_xcit.runtime import distributed, precision
 from ssl_xcit.runtime.config import save_config
 from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.training.config import Run
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
@@ -591,12 +591,15 @@ def test_a_probe_equals_the_evaluation_and_leaves_the_model_as_it_was(betons):
     model.blocks[0].local_mp.bn.eval()
     before, draws = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     modes = [module.training for module in model.modules()]
-    loaders = [EvalLoader(path, EvalView(32, 32), 16, num_threads=1) for path in betons]
-    found = knn_probe(model, *loaders, ("patch", "cls"), 5, torch.device("cpu"), "fp32")
+    sources = dict(zip(("probe_train", "probe_test"), betons, strict=True))
+    probe = ProbeSettings(every=1, probe_k=5, probe_resize=32, probe_crop=32, **sources)
+    run = Run(precision="fp32", device="cpu", num_workers=1)
+    settings = TrainConfig(ARCH, data="", out="", probe=probe, run=run)
+    found = Probe(settings, distributed.setup("cpu"))(model)
     imagenet = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-    for kind, percent in found.items():
-        assert percent == pytest.approx(expected_accuracy(3, betons, kind, (5,), **imagenet)[5])
-    assert list(found) == ["patch", "cls"]
+    for kind in ("cls", "patch"):
+        expected = expected_accuracy(3, betons, kind, (5,), **imagenet)[5]
+        assert found[f"probe/top1_{kind}"] == pytest.approx(expected)
     assert [module.training for module in model.modules()] == modes
     torch.set_rng_state(draws)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())

@@ -107,11 +107,8 @@ class Head:
     """Width of the hidden layers."""
     head_bottleneck_dim: int = 256
     """Width of the normalised vector that the prototypes are compared with."""
-    prototype_chunk: int = 0
-    """Prototypes whose logits exist at a time, for memory independent of out_dim; 0: all."""
 
     def __post_init__(self) -> None:
-        check(self, ">= 0", "prototype_chunk")
         check(self, ">= 1", "out_dim", "head_layers", "head_hidden_dim", "head_bottleneck_dim")
 
 

@@ -42,12 +42,9 @@ class DINOHead(nn.Module):
         initialise(self.mlp)
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim, not norm_last_layer)
 
-    def forward(self, x: Float[Tensor, "b d"]) -> Float[Tensor, "b k"]:
-        """Logits of the `out_dim` prototypes."""
-        return self.last_layer(self.unit_vectors(x))
-
-    def unit_vectors(self, x: Float[Tensor, "b d"]) -> Float[Tensor, "b e"]:
-        """What the prototypes are compared with: the MLP's outputs, each of length 1."""
+    def forward(self, x: Float[Tensor, "b d"], frozen: bool = False) -> Float[Tensor, "b k"]:
+        """Logits of the `out_dim` prototypes; `frozen`: without a gradient of the prototypes."""
         x = self.mlp(x)
         # in float32 at least: half precision would round the unit sphere coarsely
-        return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+        x = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+        return self.last_layer(x, frozen)

@@ -61,8 +61,6 @@ def health(
     teacher_entropy, student_entropy: mean over views and images, nats. 0: each image has one
         prototype; ln k: all k are alike to it.
     kl: the loss is the teacher's entropy and this, the mean of KL(q | p), nats.
-    loss_over_ln_k, teacher_entropy_over_ln_k, student_entropy_over_ln_k: the same of ln k, the
-        loss of a student that knows nothing.
     center_norm: length of the centre.
     prototypes: exp(entropy of the mean of q), the number of prototypes that share the batch, if
         all had equal shares. 1: it has only one; k: all.
@@ -76,16 +74,12 @@ def health(
     d = (len(means) - SCALARS - k) // 2
     scalars, probs, first, second = (means / means[0]).split([SCALARS, k, d, d])
     _, loss, teacher, student = scalars
-    ln_k = math.log(k)
     prototypes = torch.special.entr(probs).sum().exp()
     deviations = (second - first.square()).clamp(min=0).sqrt()
     return {
         "teacher_entropy": teacher,
         "student_entropy": student,
         "kl": loss - teacher,
-        "loss_over_ln_k": loss / ln_k,
-        "teacher_entropy_over_ln_k": teacher / ln_k,
-        "student_entropy_over_ln_k": student / ln_k,
         "center_norm": center.norm(),
         "prototypes": prototypes,
         "prototypes_used": (prototypes / min(k, images)).clamp(max=1),

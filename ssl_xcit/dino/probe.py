@@ -1,6 +1,6 @@
 """k-NN of the teacher while it trains, and the rank of its features."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -74,37 +74,14 @@ def some_images(size: int, limit: int, seed: int) -> Int64[np.ndarray, " n"]:
     return np.sort(np.random.default_rng(seed).choice(size, limit, replace=False))
 
 
-def knn_probe(
-    backbone: nn.Module,
-    train_loader: Iterable,
-    test_loader: Iterable,
-    which: Sequence[str],
-    k: int,
-    device: torch.device,
-    precision: str,
-    temperature: float = 0.07,
-) -> dict[str, float]:
-    """Top-1 in percent of each kind of feature; for a look at a model that goes on training.
-
-    Leaves the model as it was: every module's mode, BatchNorm's buffers, the generators. All ranks
-    call it, and each returns the same. Raises UserError as `knn_predictions` does.
-    """
-    train, test = (
-        extract_features(backbone, loader, which, device, precision)
-        for loader in (train_loader, test_loader)
-    )
-    return {kind: _top1(train, test, kind, k, device, temperature) for kind in which}
-
-
 def _top1(
     train: dict[str, Features],
     test: dict[str, Features],
     kind: str,
     k: int,
     device: torch.device,
-    temperature: float = 0.07,
 ) -> float:
     """k-NN top-1 in percent."""
     train, test = train[kind], test[kind]
     rows = (train.features, train.labels, test.features, test.labels)
-    return knn_accuracy(*(tensor.to(device) for tensor in rows), (k,), temperature)[k][0]
+    return knn_accuracy(*(tensor.to(device) for tensor in rows), (k,))[k][0]

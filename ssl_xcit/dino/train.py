@@ -1,10 +1,8 @@
 """Pretraining: `train(config)`, and the task it gives to the engine, DINO's Algorithm 1."""
 
 import copy
-import itertools
 import time
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,22 +12,21 @@ from ssl_xcit.checkpoints.folder import StateDict
 from ssl_xcit.data.beton import Beton
 from ssl_xcit.data.loader import MultiCropLoader
 from ssl_xcit.data.views import dino_views
+from ssl_xcit.dino.algorithm import Settings, micro_batch
 from ssl_xcit.dino.config import TrainConfig
-from ssl_xcit.dino.health import batch_means, health, means_size
+from ssl_xcit.dino.health import health, means_size
 from ssl_xcit.dino.init_from import init_from
 from ssl_xcit.dino.loss import DINOLoss
-from ssl_xcit.dino.networks import Part, dino_network, split_crops
+from ssl_xcit.dino.networks import dino_network
 from ssl_xcit.dino.probe import Probe
 from ssl_xcit.dino.teacher import update_teacher
 from ssl_xcit.dino.verdict import recent, verdict
-from ssl_xcit.operators.chunked_loss import Temperatures, chunked_loss
 from ssl_xcit.runtime import distributed, draws
 from ssl_xcit.runtime.distributed import Distributed
 from ssl_xcit.runtime.errors import UserError
 from ssl_xcit.training import schedules
 from ssl_xcit.training.engine import out_of_memory_advice, run_task
 from ssl_xcit.training.guard import BatchStatistics
-from ssl_xcit.training.metrics import RunningMeans
 from ssl_xcit.training.optim import build_optimizer, freeze_last_layer, parameter_groups
 from ssl_xcit.training.task import (
     Checked,
@@ -37,12 +34,8 @@ from ssl_xcit.training.task import (
     Task,
     Verdict,
     distribute,
-    keep_gradients,
     share_batch_statistics,
 )
-
-METERS = ("train/loss", "train/grad_norm")
-DROP_PATH_STREAM = 1_000  # drop path draws from views numbered from here: not the crops' numbers
 
 
 def train(config: TrainConfig) -> dict:
@@ -74,15 +67,6 @@ def memory_advice(config: TrainConfig) -> out_of_memory_advice:
     return out_of_memory_advice(config, local, savers=savers)
 
 
-class Comparison(NamedTuple):
-    """What came of holding a micro-batch's student against its teacher."""
-
-    loss: Float[Tensor, ""]
-    teacher_mean: Float[Tensor, "1 k"]  # of its logits
-    student_logits: Iterable[Float[Tensor, "n k"]]  # view by view
-    teacher_logits: Iterable[Float[Tensor, "n k"]]
-
-
 class Pretraining(Task):
     """A student that learns from its own moving average, the teacher.
 
@@ -112,10 +96,8 @@ class Pretraining(Task):
         self.dino_loss = DINOLoss(
             config.head.out_dim, config.loss.student_temp, config.loss.center_momentum
         ).to(ranks.device)
-        self.teacher_mean = torch.zeros_like(self.dino_loss.center)  # of this step's logits
         size = means_size(config.head.out_dim, self.teacher.backbone.embed_dim)
         self.health_means = torch.zeros(size, device=ranks.device)  # of the last recorded step
-        self.meters = RunningMeans(METERS, ranks.device)
         self.probe = Probe(config, ranks) if config.probe.every else None
 
     def warm_up(self) -> list[str]:
@@ -131,7 +113,7 @@ class Pretraining(Task):
             torch.zeros(views, n, channels, side, side, device=self.ranks.device)
             for views, side in sizes
         ]
-        self.loss((*batch, torch.arange(n)), 0, 0).loss.backward()
+        self.loss((*batch, torch.arange(n)), 0, 0, self.hyperparameters(0)).loss.backward()
         self.optimizer.zero_grad(set_to_none=True)
         statistics.restore(torch.tensor(True, device=self.ranks.device))
         return [f"compiled for its sizes of crops in {time.monotonic() - start:.0f} s"]
@@ -165,109 +147,55 @@ class Pretraining(Task):
             "student_temp": loss.student_temp,
         }
 
-    def loss(self, batch: tuple[Tensor, ...], step: int, micro: int) -> StepLoss:
-        """DINO's loss of a micro-batch, and its share of the mean teacher logits.
-
-        With `crops_in_turn` the gradients of the global crops' part have been added up when it
-        returns: what that pass kept for them is free before the local crops' pass.
-        """
+    def loss(
+        self, batch: tuple[Tensor, ...], step: int, micro: int, now: dict[str, float]
+    ) -> StepLoss:
+        """DINO's loss of a micro-batch, the mean of the teacher's logits, and health if due."""
         config, (global_crops, local_crops, indices) = self.config, batch
-        teacher_temp = self.hyperparameters(step)["teacher_temp"]
         mean, std = config.crops.mean, config.crops.std
         crops = [self.on_device(crop, mean, std) for crop in (global_crops, local_crops)]
         crops = [crop for crop in crops if len(crop)]  # local_crops_number may be 0
-        keys = drop_path_keys(config, step // self.steps_per_epoch, indices, crops)
-        epoch = step // self.steps_per_epoch
-        frozen = schedules.last_layer_frozen(epoch, config.optim.freeze_last_layer)
-        self.bare_model.head.last_layer.frozen = frozen
-        accumulation = config.optim.accumulation_steps
-        chunk = config.head.prototype_chunk
-        with self.autocast(), torch.no_grad():
-            teacher_features = self.teacher.backbone(crops[0].flatten(0, 1))
-            head = self.teacher.head.unit_vectors if chunk else self.teacher.head
-            teacher_outputs = head(teacher_features)
-        compare = self._compare_by_chunks if chunk else self._compare
-        *early, last = split_crops(crops, keys, config.crops.crops_in_turn)
-        losses, student_logits = [], []
-        for part in early:
-            with keep_gradients(self.model):
-                with self.autocast():
-                    found = compare(part, teacher_outputs, teacher_temp)
-                self.scaler.scale(found.loss / accumulation).backward()
-            losses.append(found.loss.detach())
-            student_logits.append(found.student_logits)
-        with self.autocast():
-            found = compare(last, teacher_outputs, teacher_temp)
-        loss = sum(losses, found.loss)
-        student_logits.append(found.student_logits)
-        with torch.no_grad():
-            if micro == 0:
-                self.teacher_mean.zero_()
-            self.teacher_mean += found.teacher_mean / accumulation
-            self.to_share = [self.teacher_mean]
-            if self.recorded(step):
-                if micro == 0:
-                    self.health_means.zero_()
-                temperatures = self.dino_loss.student_temp, teacher_temp
-                logits = itertools.chain(*student_logits), found.teacher_logits
-                center = self.dino_loss.center
-                with self.autocast():
-                    means = batch_means(loss, *logits, teacher_features, center, temperatures)
-                self.health_means += means / accumulation
-                self.to_share.append(self.health_means)
-        return StepLoss(loss)
-
-    def _compare(
-        self, part: Part, teacher_logits: Float[Tensor, "tn k"], teacher_temp: float
-    ) -> Comparison:
-        """From the logits of all prototypes at once."""
-        student_logits = self.model(part.crops, part.keys)
-        loss = self.dino_loss(student_logits, teacher_logits, teacher_temp, part.views, part.total)
-        n = len(teacher_logits) // 2
-        mean = teacher_logits.mean(0, keepdim=True)
-        return Comparison(loss, mean, student_logits.detach().split(n), teacher_logits.split(n))
-
-    def _compare_by_chunks(
-        self, part: Part, teacher_vectors: Float[Tensor, "tn e"], teacher_temp: float
-    ) -> Comparison:
-        """The same with `prototype_chunk` prototypes at a time."""
-        student_vectors = self.model(part.crops, part.keys, unit_vectors=True)
-        layers = self.bare_model.head.last_layer, self.teacher.head.last_layer
-        loss, mean = chunked_loss(
-            student_vectors,
-            layers[0],
-            teacher_vectors,
-            layers[1],
-            self.dino_loss.center,
-            Temperatures(self.dino_loss.student_temp, teacher_temp),
-            self.config.head.prototype_chunk,
-            part.views,
-            part.total,
+        settings = Settings(
+            teacher_temp=now["teacher_temp"],
+            precision=config.run.precision,
+            last_layer_frozen=self._last_layer_is_frozen(step),
+            crops_in_turn=config.crops.crops_in_turn,
         )
-        # For the log, which looks at one view after the other
-        vectors = (student_vectors.detach(), teacher_vectors)
-        n = len(teacher_vectors) // 2
-        logits = (map(layer, v.split(n)) for layer, v in zip(layers, vectors, strict=True))
-        return Comparison(loss, mean, *logits)
+        accumulation = config.optim.accumulation_steps
+        found = micro_batch(
+            self.model,
+            self.teacher,
+            self.dino_loss,
+            crops,
+            drop_path_keys(config, step // self.steps_per_epoch, indices, crops),
+            settings,
+            backward=lambda loss: self.scaler.scale(loss / accumulation).backward(),
+            with_health=self.recorded(step),
+        )
+        means = found.teacher_mean
+        if found.health is not None:
+            means = torch.cat([means, found.health])
+        return StepLoss(found.loss, means)
 
-    def before_update(self, step: int) -> None:
+    def _last_layer_is_frozen(self, step: int) -> bool:
         """In the first epoch(s) the prototypes stay as they are."""
         epoch = step // self.steps_per_epoch
-        if schedules.last_layer_frozen(epoch, self.config.optim.freeze_last_layer):
+        return schedules.last_layer_frozen(epoch, self.config.optim.freeze_last_layer)
+
+    def before_update(self, step: int) -> None:
+        """Frozen prototypes stay as they are, weight decay included."""
+        if self._last_layer_is_frozen(step):
             freeze_last_layer(self.bare_model)
 
-    def shared_means(self) -> Float[Tensor, " means"]:
-        """The mean of the teacher's logits; in a recorded step, too, what its health needs."""
-        return torch.cat([means.flatten() for means in self.to_share])
-
-    def after_update(self, step: int, shared: Float[Tensor, " m"], bad: Bool[Tensor, ""]) -> None:
+    def after_update(
+        self, now: dict[str, float], means: Float[Tensor, " m"], bad: Bool[Tensor, ""]
+    ) -> None:
         """The teacher and the centre move, once per step whatever the accumulation."""
-        momentum = self.hyperparameters(step)["momentum_teacher"]
-        update_teacher(self.bare_model, self.teacher, momentum, skip=bad)
-        mean, *means = shared.split([part.numel() for part in self.to_share])
-        self.dino_loss.update_center(mean[None], skip=bad)
-        for part in means:  # zeros, not NaN: a checkpoint holds them
-            self.health_means.copy_(torch.where(bad, 0.0, part))
+        update_teacher(self.bare_model, self.teacher, now["momentum_teacher"], skip=bad)
+        k = self.dino_loss.center.numel()
+        self.dino_loss.update_center(means[None, :k], skip=bad)
+        if len(means) > k:  # zeros, not NaN: a checkpoint holds them
+            self.health_means.copy_(torch.where(bad, 0.0, means[k:]))
         if not self.config.run.sync_bn:
             distributed.all_reduce_buffers(self.modules())
 
@@ -332,7 +260,7 @@ def drop_path_keys(
     """
     if config.model.drop_path_rate == 0:
         return None
-    keys, view = [], DROP_PATH_STREAM
+    keys, view = [], draws.DROP_PATH
     for crop in crops:
         numbers = range(view, view + len(crop))
         streams = [draws.stream(config.seed, epoch, indices, number) for number in numbers]

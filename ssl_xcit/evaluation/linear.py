@@ -14,7 +14,6 @@ from torch import Tensor
 from ssl_xcit.runtime import distributed, draws
 
 MOMENTUM, INITIAL_STD = 0.9, 0.01  # of DINO's eval_linear.py
-SPLIT_STREAM = 1_000_000  # the split draws from this view: no crop's and no drop path's number
 CHUNK = 8_192  # rows that are looked at together: bounds the memory for logits
 KEPT = 2**27  # numbers, 1 GiB, that are kept wide and standardised, not made again at each look
 
@@ -29,7 +28,7 @@ def split(
     """
     images = torch.arange(num_images)
     count = min(max(round(held_out * num_images), int(held_out > 0)), num_images - 1)
-    order = draws.stream(seed, 0, images, SPLIT_STREAM).argsort(stable=True)
+    order = draws.stream(seed, 0, images, draws.SPLIT).argsort(stable=True)
     return order[count:].sort().values, order[:count].sort().values
 
 

@@ -22,9 +22,6 @@ from ssl_xcit.finetune.config import FinetuneConfig
 from ssl_xcit.finetune.mixing import Mixing
 from ssl_xcit.runtime import draws
 
-# Views numbered from these have their draws: not those of the crops, and not each other's
-DROP_PATH_STREAM, MIXING_STREAM, RANDAUGMENT_STREAM, ERASING_STREAM = 1_000, 2_000, 3_000, 4_000
-
 
 class Prepared(NamedTuple):
     """A micro-batch on the device; the views of an image are n images apart."""
@@ -88,17 +85,17 @@ class Preparation:
             return torch.cat([draws.stream(config.seed, epoch, indices, v) for v in numbers])
 
         if self.randaugment is not None:
-            images = self.randaugment(images, keys(RANDAUGMENT_STREAM))
+            images = self.randaugment(images, keys(draws.RANDAUGMENT))
         if images.dtype == torch.uint8:
             images = normalise(images, *self.statistics)
         labels = labels_at(self.labels, indices.numpy()).repeat(repeats)
-        key = draws.stream(config.seed, step, torch.tensor([place]), MIXING_STREAM).item()
+        key = draws.stream(config.seed, step, torch.tensor([place]), draws.MIXING).item()
         images, targets = self.mixing(images, labels.to(device, non_blocking=True), key)
         if config.views.random_erasing:
-            images = random_erase(images, keys(ERASING_STREAM), config.views.random_erasing)
+            images = random_erase(images, keys(draws.ERASING), config.views.random_erasing)
         drop_path = None
         if config.model.drop_path_rate:
-            drop_path = keys(DROP_PATH_STREAM).to(device, non_blocking=True)
+            drop_path = keys(draws.DROP_PATH).to(device, non_blocking=True)
         return Prepared(images, targets, drop_path)
 
 

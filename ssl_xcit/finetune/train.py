@@ -30,11 +30,8 @@ from ssl_xcit.runtime.distributed import Distributed
 from ssl_xcit.runtime.errors import UserError
 from ssl_xcit.training import schedules
 from ssl_xcit.training.engine import out_of_memory_advice, run_task
-from ssl_xcit.training.metrics import RunningMeans
 from ssl_xcit.training.optim import build_optimizer, layer_scales, parameter_groups
 from ssl_xcit.training.task import Checked, StepLoss, Task, distribute, share_batch_statistics
-
-METERS = ("train/loss", "train/grad_norm")
 
 
 def finetune(config: FinetuneConfig) -> dict:
@@ -94,7 +91,6 @@ class Finetuning(Task):
         groups = parameter_groups(network, undecayed=("cls_token",), lr_scale=scales)
         self.optimizer = build_optimizer("adamw", groups)
         self.model = distribute(network, ranks)
-        self.meters = RunningMeans(METERS, ranks.device)
         self.prepare = Preparation(
             config, self.data.labels, self.num_classes, self.statistics, ranks.device
         )
@@ -155,7 +151,9 @@ class Finetuning(Task):
             "weight_decay": optim.weight_decay,
         }
 
-    def loss(self, batch: tuple[Tensor, ...], step: int, micro: int) -> StepLoss:
+    def loss(
+        self, batch: tuple[Tensor, ...], step: int, micro: int, now: dict[str, float]
+    ) -> StepLoss:
         """Cross-entropy with smoothed, mixed labels, and the teacher's part if there is one."""
         targets = self.config.targets
         place = self.loader.place(micro)
@@ -173,7 +171,9 @@ class Finetuning(Task):
             loss = (1 - targets.distill_alpha) * loss + targets.distill_alpha * taught
         return StepLoss(loss)
 
-    def after_update(self, step: int, shared: Float[Tensor, "..."], bad: Bool[Tensor, ""]) -> None:
+    def after_update(
+        self, now: dict[str, float], means: Float[Tensor, " m"], bad: Bool[Tensor, ""]
+    ) -> None:
         """Statistics that the ranks share, then the moving average."""
         if not self.config.run.sync_bn:
             distributed.all_reduce_buffers(self.modules())

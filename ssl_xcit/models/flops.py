@@ -92,12 +92,6 @@ def position_projection(model: XCiT, height: int, width: int) -> int:
     return patches * _size(model.pos_embeder.token_projection)
 
 
-def last_products(model: XCiT, height: int, width: int) -> int:
-    """Multiply-adds of the XCA blocks' last layers, which checkpointed blocks do not repeat."""
-    _, patches = _stem(model, height, width)
-    return patches * sum(_size(block.mlp.fc2) for block in model.blocks)
-
-
 def _stem(model: XCiT, height: int, width: int) -> tuple[Operations, int]:
     """Operations of the patch embedding, and its number of tokens."""
     total = Operations()

@@ -61,12 +61,6 @@ def build_xcit(
     )
 
 
-# Positions
-
-
-# Layers
-
-
 class XCABlock(nn.Module):
     """XCA, LPI and MLP, each normalised before and added with its own LayerScale gains.
 

@@ -33,9 +33,7 @@ def add_branch(
     if kept is None:
         return x + branch(x, grids)
     if kept.rows is None:
-        if torch.compiler.is_compiling():
-            return torch.addcmul(x, branch(x, grids), kept.factors)
-        return _AddScaled.apply(x, branch(x, grids), kept.factors)
+        return torch.addcmul(x, branch(x, grids), kept.factors)
     if all(len(rows) == grid.b for grid, rows in zip(grids, kept.rows, strict=True)):
         return torch.add(x, branch(x, grids), alpha=kept.scale)
     # One call for each grid, although one for all would do: oneDNN prepares itself for each number
@@ -47,26 +45,6 @@ def add_branch(
         )
     ]
     return _AddSamples.apply(x, grids, kept, *some)
-
-
-class _AddScaled(torch.autograd.Function):
-    """x + factors * branch, which saves no tensor.
-
-    A checkpointed block would compute the branch's last product once more to come to the saving.
-    The factors were drawn outside of the block, and live on anyway.
-    """
-
-    @staticmethod
-    def forward(
-        ctx, x: Float[Tensor, "t d"], branch: Float[Tensor, "t d"], factors: Float[Tensor, "t 1"]
-    ) -> Float[Tensor, "t d"]:
-        ctx.factors = factors
-        return torch.addcmul(x, branch, factors)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Float[Tensor, "t d"]) -> tuple[Tensor | None, ...]:
-        return grad, grad * ctx.factors, None
 
 
 class _TakeSamples(torch.autograd.Function):

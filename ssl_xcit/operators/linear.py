@@ -68,21 +68,15 @@ def gelu_linear(
     bias: Float[Tensor, " d"],
     gain: Float[Tensor, " d"] | None = None,
 ) -> Float[Tensor, "... d"]:
-    """`linear` of gelu(x), of which the gradient keeps x alone and makes gelu(x) anew.
+    """`linear` of gelu(x), whose gradient keeps x alone and computes gelu(x) again.
 
-    That is a sixth of a network's activations for a few percent of its time. What the gradient
-    needs is kept before the product is made: where this is the last layer of a checkpointed part,
-    its second computation ends here, and spares the product.
+    That saves a sixth of a network's activations for a few percent of its time.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return linear(F.gelu(x), weight, bias, gain)
     if gain is not None and not takes_gain(x):
         return gain * gelu_linear(x, weight, bias)
-    x = x.to(compute_dtype(x))
-    with torch.no_grad():
-        used, used_bias = scaled_weights(weight, bias, gain, x.dtype)
-    slot = _GeluLinearGradient.apply(x, used, weight, bias, gain)
-    return _GeluLinearProduct.apply(slot, x.detach(), used, used_bias)
+    return _GeluLinear.apply(x.to(compute_dtype(x)), weight, bias, gain)
 
 
 def takes_gain(x: Tensor) -> bool:
@@ -167,48 +161,28 @@ class _OneDnnLinear(torch.autograd.Function):
         return *_gradients(grad, *ctx.saved_tensors, ctx.needs_input_grad), None
 
 
-class _GeluLinearGradient(torch.autograd.Function):
-    """The gradient of GELU and product; its result has the product's shape, and no contents."""
+class _GeluLinear(torch.autograd.Function):
+    """The product of gelu(x), and its gradient from x."""
 
     @staticmethod
     def forward(
         ctx,
         x: Float[Tensor, "... c"],
-        used: Float[Tensor, "d c"],
         weight: Float[Tensor, "d c"],
         bias: Float[Tensor, " d"],
         gain: Float[Tensor, " d"] | None,
     ) -> Float[Tensor, "... d"]:
+        used, used_bias = scaled_weights(weight, bias, gain, x.dtype)
         ctx.save_for_backward(x, used, weight, bias, gain)
-        return x.new_zeros(1).expand(*x.shape[:-1], len(weight))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Float[Tensor, "... d"]) -> tuple[Tensor | None, ...]:
-        x, *weights = ctx.saved_tensors
-        of_x, _, *of_others = ctx.needs_input_grad
-        d_gelu, *others = _gradients(grad, F.gelu(x), *weights, (of_x, *of_others))
-        d_x = None if d_gelu is None else torch.ops.aten.gelu_backward(d_gelu, x)
-        return d_x, None, *others
-
-
-class _GeluLinearProduct(torch.autograd.Function):
-    """The product itself, whose gradient is `slot`'s."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        slot: Float[Tensor, "... d"],
-        x: Float[Tensor, "... c"],
-        used: Float[Tensor, "d c"],
-        used_bias: Float[Tensor, " d"],
-    ) -> Float[Tensor, "... d"]:
         return linear(F.gelu(x), used, used_bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Float[Tensor, "... d"]) -> tuple[Tensor | None, ...]:
-        return grad, None, None, None
+        x, *weights = ctx.saved_tensors
+        d_gelu, *others = _gradients(grad, F.gelu(x), *weights, ctx.needs_input_grad)
+        d_x = None if d_gelu is None else torch.ops.aten.gelu_backward(d_gelu, x)
+        return d_x, *others
 
 
 def _gradients(

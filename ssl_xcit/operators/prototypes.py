@@ -20,28 +20,24 @@ class WeightNormLinear(nn.Module):
     The keys are those of `torch.nn.utils.weight_norm`, which DINO used and torch has deprecated:
     `weight_g` (K, 1), here 1 at the start, and `weight_v` (K, in_dim), which starts as nn.Linear's
     weight does. With `weight_g` left at 1 and inputs of length 1, the logits are cosines.
-
-    Set `frozen` while the prototypes shall not move: then their gradient is not computed. It is
-    None, or with several ranks, whose reduction expects one, zero.
     """
 
     def __init__(self, in_dim: int, out_dim: int, train_norm: bool) -> None:
         super().__init__()
-        self.frozen = False
         self.weight_g = nn.Parameter(torch.ones(out_dim, 1), requires_grad=train_norm)
         self.weight_v = nn.Parameter(torch.empty(out_dim, in_dim))
         nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))
 
-    def forward(self, x: Float[Tensor, "b d"]) -> Float[Tensor, "b k"]:
-        """Logits, in float32 under autocast, which rounds what enters the product alone."""
-        return _Logits.apply(x, *self.trained_weights(), self.frozen)
+    def forward(self, x: Float[Tensor, "b d"], frozen: bool = False) -> Float[Tensor, "b k"]:
+        """Logits, in float32 under autocast, which rounds what enters the product alone.
 
-    def trained_weights(self) -> tuple[Float[Tensor, "k d"], Float[Tensor, "k 1"]]:
-        """v and g, without a gradient where they are frozen and no other rank expects one."""
+        While the prototypes are `frozen` their gradient is not computed: it is None, or with
+        several ranks, whose reduction expects one, zero.
+        """
         weights = self.weight_v, self.weight_g
-        if self.frozen and not torch.distributed.is_initialized():
-            return tuple(weight.detach() for weight in weights)
-        return weights
+        if frozen and not torch.distributed.is_initialized():
+            weights = tuple(weight.detach() for weight in weights)
+        return _Logits.apply(x, *weights, frozen)
 
 
 class _Logits(torch.autograd.Function):

@@ -1,6 +1,7 @@
 """XCA, cross-covariance attention: the channels of a head attend to one another (section 3.2)."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -9,6 +10,47 @@ from torch.autograd.function import once_differentiable
 
 from ssl_xcit.operators.linear import Linear, linear, without_autocast
 from ssl_xcit.operators.tokens import Grid, join_tokens, split_tokens
+
+
+def attend(
+    packed: Float[Tensor, "3 b heads n e"], temperature: Float[Tensor, "heads 1 1"]
+) -> Float[Tensor, "b heads n e"]:
+    """The definition: v softmax(temperature q_hat^T k_hat)^T, q_hat and k_hat of unit length.
+
+    Equation 3 of the paper (its tau is 1 / temperature) as the official code computes it: lengths
+    and softmax in float32 at least. A compiler fuses this itself. float16 needs it, too: there
+    q^T k before its division can exceed 65504.
+    """
+    q, k, v = packed.unbind(0)
+    inverse_q, inverse_k = inverse_lengths(packed[:2])[..., None, :].unbind(0)
+    product = (q * inverse_q).to(v.dtype).mT @ (k * inverse_k).to(v.dtype)
+    attention = (product * temperature).softmax(dim=-1, dtype=inverse_q.dtype)
+    return v @ attention.to(v.dtype).mT
+
+
+class Attended(NamedTuple):
+    """The result of `attend`, and what its gradient needs."""
+
+    mixed: Float[Tensor, "b heads n e"]
+    inverse: Float[Tensor, "2 b heads e"]  # 1 / length of the channels of q and k
+    product: Float[Tensor, "b heads e e"]  # q^T k
+    attention: Float[Tensor, "b heads e e"]
+
+
+def attend_dividing_late(
+    packed: Float[Tensor, "3 b heads n e"], temperature: Float[Tensor, "heads 1 1"]
+) -> Attended:
+    """`attend` with the division after the product, which spares normalised copies of q and k.
+
+    Lengths, division and softmax are float32 even when q and k are bfloat16 (autocast), and float64
+    when they are float64.
+    """
+    q, k, v = packed.unbind(0)
+    inverse = inverse_lengths(packed[:2])
+    product = q.mT @ k  # (b, heads, e, e)
+    logits = product * (temperature * inverse[0, ..., None])
+    attention = logits.mul_(inverse[1, ..., None, :]).softmax(dim=-1)
+    return Attended(v @ attention.to(v.dtype).mT, inverse, product, attention)
 
 
 def inverse_lengths(x: Float[Tensor, "*s n e"]) -> Float[Tensor, "*s e"]:
@@ -22,58 +64,8 @@ def inverse_lengths(x: Float[Tensor, "*s n e"]) -> Float[Tensor, "*s e"]:
     return lengths.clamp_min(1e-12).reciprocal()
 
 
-def attend_normalised(
-    packed: Float[Tensor, "3 b heads n e"], temperature: Float[Tensor, "heads 1 1"]
-) -> Float[Tensor, "b heads n e"]:
-    """v softmax(temperature q_hat^T k_hat)^T, q_hat and k_hat being q and k of unit length.
-
-    Equation 3 of the paper (its tau is 1 / temperature) as the official code computes it: lengths
-    and softmax in float32 at least. A compiler makes its own passes of this; float16 needs it,
-    since q^T k before its division can exceed 65504.
-    """
-    q, k, v = packed.unbind(0)
-    inverse_q, inverse_k = inverse_lengths(packed[:2])[..., None, :].unbind(0)
-    product = (q * inverse_q).to(v.dtype).mT @ (k * inverse_k).to(v.dtype)
-    attention = (product * temperature).softmax(dim=-1, dtype=inverse_q.dtype)
-    return v @ attention.to(v.dtype).mT
-
-
-def cross_covariance(
-    product: Float[Tensor, "b heads e e"],
-    inverse: Float[Tensor, "2 b heads e"],
-    temperature: Float[Tensor, "heads 1 1"],
-) -> Float[Tensor, "b heads e e"]:
-    """softmax(q_hat^T k_hat * temperature), from q^T k and the inverse lengths of q and k.
-
-    The division comes after the product, which spares the normalised copies of q and k. Lengths,
-    division and softmax are float32 even when q and k are bfloat16 (autocast), and float64 when
-    they are float64.
-    """
-    logits = product * (temperature * inverse[0, ..., None])
-    return logits.mul_(inverse[1, ..., None, :]).softmax(dim=-1)
-
-
-def attend(
-    packed: Float[Tensor, "3 b heads n e"], temperature: Float[Tensor, "heads 1 1"]
-) -> tuple[
-    Float[Tensor, "b heads n e"],
-    Float[Tensor, "2 b heads e"],
-    Float[Tensor, "b heads e e"],
-    Float[Tensor, "b heads e e"],
-]:
-    """v, its channels mixed by cross-covariance attention, and what the gradient needs beside it.
-
-    That is the inverse lengths of q and k, q^T k and the attention.
-    """
-    q, k, v = packed.unbind(0)
-    inverse = inverse_lengths(packed[:2])
-    product = q.mT @ k  # (b, heads, e, e)
-    attention = cross_covariance(product, inverse, temperature)
-    return v @ attention.to(v.dtype).mT, inverse, product, attention
-
-
 class _Attend(torch.autograd.Function):
-    """`attend`, grid by grid, from the projection's layout to the tokens', with its own gradient.
+    """`attend` for each grid, from the projection's layout to the tokens', with its own gradient.
 
     autograd's would keep five matrices (e, e) for each head, in small crops more than all tokens
     are, and pass over them and over q and k several times more. With G = q^T k, the logits
@@ -97,7 +89,7 @@ class _Attend(torch.autograd.Function):
         for part, to in zip(split_tokens(qkv, grids), split_tokens(out, grids), strict=True):
             packed = _pack(part)
             with without_autocast(qkv):
-                mixed, inverse, product, attention = attend(packed, temperature)
+                mixed, inverse, product, attention = attend_dividing_late(packed, temperature)
             to.copy_(mixed.transpose(1, 2))
             saved += [packed, inverse, None if _has_few_tokens(packed) else product, attention]
         ctx.save_for_backward(temperature, *saved)
@@ -200,5 +192,5 @@ class XCA(nn.Module):
         self, packed: Float[Tensor, "3 b heads n e"], plain: bool
     ) -> Float[Tensor, "b heads n e"]:
         if plain:
-            return attend_normalised(packed, self.temperature)
-        return attend(packed, self.temperature)[0]
+            return attend(packed, self.temperature)
+        return attend_dividing_late(packed, self.temperature).mixed

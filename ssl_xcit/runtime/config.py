@@ -35,7 +35,6 @@ RUN_KEYS_THAT_MAY_CHANGE = frozenset(
         "run.compile",
         "run.activation_checkpointing",
         "crops.crops_in_turn",
-        "head.prototype_chunk",
         "run.log_every",
         "run.save_every",
         "run.max_bad_steps",

@@ -22,6 +22,11 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
+# The one numbering of random streams. Crop v of an image draws from view v; what else is drawn for
+# it draws from views numbered from here on, for each crop one.
+DROP_PATH, MIXING, RANDAUGMENT, ERASING = 1_000, 2_000, 3_000, 4_000
+SPLIT = 1_000_000  # which images are held out
+
 _GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _MASK = (1 << 64) - 1
 

@@ -183,16 +183,18 @@ def train_step(
     now = task.hyperparameters(step)
     set_hyperparameters(task.optimizer, now["lr"], now["weight_decay"])
     statistics.remember()
-    means = torch.zeros(len(task.meters.names) - 1, device=task.ranks.device)
+    losses, means = torch.zeros((), device=task.ranks.device), None
     for micro in range(accumulation):
         last = micro == accumulation - 1
         with contextlib.nullcontext() if last else keep_gradients(task.model):
-            loss, others = task.loss(next(batches), step, micro)
-            means += torch.stack([loss.detach(), *others]) / accumulation
+            loss, found = task.loss(next(batches), step, micro, now)
+            losses += loss.detach() / accumulation
+            if found is not None:
+                means = found / accumulation + (0 if means is None else means)
             if last:  # under way while the gradients are computed
-                shared = SharedMeans(task, means, stop)
+                shared = SharedMeans(losses, means, stop, task.ranks.world_size)
             task.scaler.scale(loss / accumulation).backward()
-    reduced, any_bad, any_stop = shared.wait()
+    means, any_bad, any_stop = shared.wait()
     optim = task.config.optim
     parameters = list(task.bare_model.parameters())
     task.scaler.unscale_(task.optimizer)
@@ -204,34 +206,38 @@ def train_step(
     task.optimizer.found_inf = bad.float()
     task.optimizer.step()
     task.optimizer.zero_grad(set_to_none=True)
-    task.after_update(step, reduced, bad)
+    task.after_update(now, means, bad)
     statistics.restore(bad)
     excused = None
     if task.scaler.is_enabled():
         excused = bad & ~any_bad & (task.scaler.scale(grad_norm.new_ones(())) > 1)
     task.scaler.update()
-    task.meters.add(*means, grad_norm, skip=bad, excused=excused)
+    task.meters.add(losses, grad_norm, skip=bad, excused=excused)
     return torch.stack([any_stop.float(), task.meters.skipped[0]])
 
 
 class SharedMeans:
     """The one reduction of a step beside its gradients: the task's own means, and two flags."""
 
-    def __init__(self, task: Task, losses: Float[Tensor, " n"], stop: bool) -> None:
-        self.world_size = task.ranks.world_size
-        means = task.shared_means()
-        flags = losses.new_tensor([0.0, float(stop)])
-        flags[0] = ~losses.isfinite().all()
-        self.shape = means.shape
-        self.vector = torch.cat([means.flatten(), flags.to(means.dtype)])
-        self.work = dist.all_reduce(self.vector, async_op=True) if self.world_size > 1 else None
+    def __init__(
+        self,
+        loss: Float[Tensor, ""],
+        means: Float[Tensor, " m"] | None,
+        stop: bool,
+        world_size: int,
+    ) -> None:
+        self.world_size = world_size
+        means = loss.new_zeros(0) if means is None else means
+        flags = torch.stack([(~loss.isfinite()).to(loss.dtype), torch.full_like(loss, stop)])
+        self.vector = torch.cat([means, flags.to(means.dtype)])
+        self.work = dist.all_reduce(self.vector, async_op=True) if world_size > 1 else None
 
-    def wait(self) -> tuple[Tensor, Bool[Tensor, ""], Bool[Tensor, ""]]:
-        """(the task's means over ranks, whether any loss was not finite, whether to stop)."""
+    def wait(self) -> tuple[Float[Tensor, " m"], Bool[Tensor, ""], Bool[Tensor, ""]]:
+        """(the means over ranks, whether any loss was not finite, whether to stop)."""
         if self.work is not None:
             self.work.wait()
-        means, flags = self.vector[:-2] / self.world_size, self.vector[-2:]
-        return means.view(self.shape), flags[0] > 0, flags[1] > 0
+        bad, stop = self.vector[-2:]
+        return self.vector[:-2] / self.world_size, bad > 0, stop > 0
 
 
 class out_of_memory_advice(AbstractContextManager):  # noqa: N801 - reads as a statement

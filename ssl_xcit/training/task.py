@@ -30,10 +30,13 @@ from ssl_xcit.training.verdict import Verdict
 
 
 class StepLoss(NamedTuple):
-    """A micro-batch's loss, still to be differentiated, and what else the log averages."""
+    """A micro-batch's loss, still to be differentiated, and what else it found."""
 
     loss: Float[Tensor, ""]
-    statistics: tuple[Float[Tensor, ""], ...] = ()
+    means: Float[Tensor, " m"] | None = None  # `after_update` gets them averaged over all of a step
+
+
+METERS = ("train/loss", "train/grad_norm")
 
 
 class Task(ABC):
@@ -41,7 +44,7 @@ class Task(ABC):
 
         loss (per micro-batch), backward -> clip -> before_update -> optimiser -> after_update
 
-    `loss` may have made the gradients of a part of it already. Only it sees micro-batches; what
+    `loss` may have computed the gradients of a part of it already. Only it sees micro-batches; what
     moves once per step moves in `after_update`. A task draws no number from a generator with a
     history, and keeps nothing between steps but `tensors()`.
 
@@ -52,7 +55,7 @@ class Task(ABC):
         precision: that of the settings, and why it is this one.
         loader: the training images; its epochs are cut to `steps_per_epoch`.
         model: what is trained, wrapped in DistributedDataParallel when there are several ranks.
-        meters: running means of the loss, of the losses' statistics and of the gradient's norm.
+        meters: running means of the loss and of the gradient's norm.
     """
 
     kind: ClassVar[str]
@@ -70,6 +73,7 @@ class Task(ABC):
         self.precision = choose(config.run.precision, ranks, stored)
         run = dataclasses.replace(config.run, precision=self.precision.name)
         self.config, self.ranks = dataclasses.replace(config, run=run), ranks
+        self.meters = RunningMeans(METERS, ranks.device)
 
     @functools.cached_property
     def scaler(self) -> torch.amp.GradScaler:
@@ -126,22 +130,24 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def loss(self, batch: tuple[Tensor, ...], step: int, micro: int) -> StepLoss:
-        """The mean loss of the loader's `batch`, micro-batch number `micro` of `step`."""
+    def loss(
+        self, batch: tuple[Tensor, ...], step: int, micro: int, now: dict[str, float]
+    ) -> StepLoss:
+        """The mean loss of the loader's `batch`, micro-batch number `micro` of `step`.
+
+        `now`: the `hyperparameters` of the step.
+        """
 
     def before_update(self, step: int) -> None:  # noqa: B027 - most tasks need none
         """With all gradients there and clipped, before the optimiser."""
 
-    def shared_means(self) -> Float[Tensor, "..."]:
-        """What `after_update` needs the mean over ranks of; it travels during the backward pass."""
-        return torch.zeros(0, device=self.ranks.device)
-
     def after_update(  # noqa: B027 - some tasks need none
-        self, step: int, shared: Float[Tensor, "..."], bad: Bool[Tensor, ""]
+        self, now: dict[str, float], means: Float[Tensor, " m"], bad: Bool[Tensor, ""]
     ) -> None:
         """After the optimiser: moving averages, statistics that the ranks share.
 
-        `shared` are the `shared_means`. Where `bad` is true nothing of it may change anything.
+        `means`: the losses' means over micro-batches and ranks. Where `bad` is true nothing may
+        change anything.
         """
 
     def evaluates(self, epoch: int) -> bool:
