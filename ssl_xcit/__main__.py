@@ -59,7 +59,7 @@ GROUPS = {
     },
     "a run": {
         "runs": Command("list the runs in a folder", "report.runs:main"),
-        "verdict": Command("say whether a pretraining works", "dino.verdict:main"),
+        "verdict": Command("say whether a pretraining works", "report.runs:verdict_main"),
         "report": Command("write a run as one HTML page", "report.gather:main"),
         "replay": Command("find where the numbers broke", "report.replay:main"),
     },

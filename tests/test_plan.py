@@ -244,7 +244,7 @@ def test_recipes_and_a_runs_own_configuration_apply(tmp_path):
 
 
 def test_what_cannot_be_planned_is_refused_with_what_to_do():
-    with pytest.raises(UserError, match="a step takes 2 images, there are 1: lower"):
+    with pytest.raises(UserError, match="a step takes 2 images, an epoch has 1: lower"):
         plan_training(dataclasses.replace(SMALL, images=1))
     with pytest.raises(UserError, match=r"utilisation must be in \(0, 1\]"):
         dataclasses.replace(SMALL, utilisation=0.0)

@@ -176,7 +176,7 @@ def test_the_command_draws_with_a_configuration(photos, tmp_path, capsys):
         ({"images": 0}, r"images must be in \[1, 2\^63\), got 0"),
         ({"seed": -1}, r"seed must be in \[0, 2\^63\), got -1"),
         ({"epoch": -1}, r"epoch must be in \[0, 2\^63\), got -1"),
-        ({"crops": Crops(global_crops_size=9000)}, "show fewer --images"),
+        ({"crops": Crops(global_crops_size=9000)}, "show fewer images"),
         ({"out": "views.jpg"}, r"expected a name that ends in \.png"),
     ],
 )

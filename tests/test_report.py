@@ -185,7 +185,7 @@ def test_the_curves_are_those_of_the_log(run, report):
     rows, found = read_metrics(run / "metrics.jsonl"), figures(report.read_text())
     expected = {"Loss": "train/loss", "Gradient norm": "train/grad_norm"}
     expected |= {"Learning rate": "schedule/lr", "Speed": "speed/images_per_sec"}
-    expected |= {"Spread of the features": "health/feature_std"}
+    expected |= {"Feature spread": "health/feature_std"}
     for title, key in expected.items():
         values = [row[key] for row in rows]
         (line,) = found[title]["lines"]
@@ -238,7 +238,7 @@ def test_neighbours_are_those_of_scikit_learn(run, photos):
     (images, labels, _) = next(iter(loader))
     with torch.no_grad():
         features = subject.backbone.eval()((images / 255 - mean) / std).double().numpy()
-    asked = [int(re.search(r"\d+$", query.shots[0].alt)[0]) for query in shown.queries]
+    asked = [int(re.search(r"\d+$", query[0].alt)[0]) for query in shown.queries]
     assert len(asked) == 6
     known = np.setdiff1d(np.arange(48), asked)
     assert shown.searched == len(known)
@@ -246,14 +246,12 @@ def test_neighbours_are_those_of_scikit_learn(run, photos):
     distances, places = search.kneighbors(features[asked])
     names = beton.class_names
     for query, row, far, near in zip(shown.queries, asked, distances, known[places], strict=True):
-        assert query.shots[0].caption == names[labels[row]]
-        for shot, same, cosine, i in zip(
-            query.shots[1:], query.same[1:], 1 - far, near, strict=True
-        ):
+        assert query[0].caption == names[labels[row]]
+        for shot, cosine, i in zip(query[1:], 1 - far, near, strict=True):
             assert shot.alt == f"{names[labels[i]]} {i}, cosine {cosine:.3f}"
-            assert same == (labels[i] == labels[row]).item()
+            assert shot.same == (labels[i] == labels[row]).item()
             np.testing.assert_array_equal(np.asarray(shot.image), beton.decode(int(i)))
-    assert {same for query in shown.queries for same in query.same[1:]} == {True, False}
+    assert {shot.same for query in shown.queries for shot in query[1:]} == {True, False}
 
 
 def test_the_pictures_of_the_page_are_the_images(run, report, photos):
@@ -312,7 +310,7 @@ def test_what_is_no_run_is_one_line_and_status_2(tmp_path):
     command = [sys.executable, "-m", "ssl_xcit", "report", str(tmp_path)]
     done = forked.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert "is no run folder" in done.stderr
+    assert "is not a run folder" in done.stderr
 
 
 # Curves and charts
@@ -334,9 +332,9 @@ def test_keys_that_nobody_knows_have_a_chart_and_absent_ones_none():
 
 def test_a_value_that_was_not_finite_is_a_gap():
     points = [(1, 2.0), (2, 3.0), (3, None), (4, 1.0), (5, 2.0)]
-    text = charts.chart_html(Chart("Loss", "", [Series("", points)]))
+    text = charts.chart_html(Chart("Loss", series=[Series("", points)]))
     assert re.search(' d="(.*?)"', text)[1].count("M") == 2
-    never = charts.chart_html(Chart("Loss", "", [Series("", [(1, None)])]))
+    never = charts.chart_html(Chart("Loss", series=[Series("", [(1, None)])]))
     assert "not finite" in never
 
 
@@ -346,13 +344,13 @@ def test_long_runs_are_thinned_to_means_and_ranges():
     line = thinned(list(enumerate(values.tolist())), 240)
     size = 42
     groups = [values[k : k + size] for k in range(0, len(values), size)]
-    assert len(line.points) == len(groups) == 239
-    np.testing.assert_allclose([v for _, v in line.points], [g.mean() for g in groups])
-    assert [r[1:] for r in line.ranges] == [(g.min(), g.max()) for g in groups]
-    assert line.points[-1][0] == 10_006
+    assert len(line) == len(groups) == 239
+    np.testing.assert_allclose([point.value for point in line], [g.mean() for g in groups])
+    assert [point[2:] for point in line] == [(g.min(), g.max()) for g in groups]
+    assert line[-1].step == 10_006
     few = [(0, 1.0), (1, None)]
-    assert thinned(few, 240) == (few, [])
-    text = charts.chart_html(Chart("Loss", "", [Series("", list(enumerate(values.tolist())))]))
+    assert thinned(few, 240) == [(0, 1.0, 1.0, 1.0), (1, None, None, None)]
+    text = charts.chart_html(Chart("Loss", series=[Series("", list(enumerate(values.tolist())))]))
     assert "their range" in text
 
 

@@ -16,9 +16,9 @@ from test_finetune import config as finetune_config
 from test_train import config
 
 from ssl_xcit.dino import train
-from ssl_xcit.dino.verdict import read_verdict
 from ssl_xcit.finetune.train import finetune
 from ssl_xcit.report import runs
+from ssl_xcit.report.runs import read_verdict
 from ssl_xcit.runtime.errors import UserError
 
 

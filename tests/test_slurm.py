@@ -275,6 +275,9 @@ def test_an_evaluation_of_a_run_lies_in_its_folder(folder, sbatch):
     assert done.returncode == 0, done.stderr
     found = DelayedSubmission.load(folder / "runs/a/slurm/123_submitted.pkl").function
     assert found.arguments == (*evaluation, "--out", "runs/a/eval/linear")
+    # also where the run is named without its option
+    dry = run_submit("eval", "visualize", "runs/a", "x.png", "--dry-run", cwd=folder).stdout
+    assert "# eval/visualize.py runs/a x.png --out runs/a/eval/visualize\n" in dry
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "eval").glob("*.py")), ids=lambda path: path.stem)

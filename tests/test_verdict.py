@@ -20,8 +20,9 @@ from test_train import ROOT, config, flags, scientific
 from ssl_xcit.dino import verdict as module
 from ssl_xcit.dino.config import TrainConfig
 from ssl_xcit.dino.health import rankme
-from ssl_xcit.dino.verdict import read_verdict, recent, verdict
+from ssl_xcit.dino.verdict import recent, verdict
 from ssl_xcit.finetune.train import finetune
+from ssl_xcit.report.runs import read_verdict
 from ssl_xcit.runtime.config import load_config, read_config
 from ssl_xcit.runtime.errors import UserError
 from ssl_xcit.training.metrics import read_metrics
@@ -353,18 +354,18 @@ def test_the_command_prints_one_line_and_needs_no_torch(tmp_path):
     rows = [row(step, loss=1.0, entropy=1.0) for step in range(5000, 5050, 10)]
     done = command(str(folder(tmp_path / "run", rows)))
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("verdict: uniform collapse: loss 1.000 of ln K, ")
+    assert done.stdout.startswith("verdict: uniform collapse: loss 1.000 ln K, ")
     assert done.stdout.count("\n") == 1
-    program = "import sys; import ssl_xcit.dino.verdict; assert 'torch' not in sys.modules"
+    program = "import sys; import ssl_xcit.report.runs; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_a_folder_that_is_no_pretraining_is_one_line_and_status_2(photos, tmp_path):
     done = command(str(tmp_path))
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert "no run folder" in done.stderr
+    assert "not a run folder" in done.stderr
     finetune(finetune_config(photos, tmp_path / "tuned", epochs=1))
-    with pytest.raises(UserError, match="of a fine-tuning"):
+    with pytest.raises(UserError, match="got a fine-tuning's"):
         read_verdict(tmp_path / "tuned")
 
 

@@ -17,6 +17,7 @@ from sklearn.decomposition import PCA
 from ssl_xcit.data.writer import write_beton
 from ssl_xcit.evaluation.subject import Subject, untrained_subject
 from ssl_xcit.models.xcit import build_xcit
+from ssl_xcit.report import sheet
 from ssl_xcit.report import visualize as module
 from ssl_xcit.report.config import VisualizeConfig
 from ssl_xcit.report.visualize import Look, PatchColours, Picture, look, read_pictures, seen_size
@@ -258,7 +259,7 @@ def test_a_network_of_gray_images_sees_them(photo):
     gray = Picture("gray", photo.pixels[:, :, :1])
     a = look(untrained_subject(ARCH, 0, in_chans=1), gray, 0, CPU)
     assert a.tokens.shape[:2] == (3, 5)
-    assert module.shown(a.picture.pixels).mode == "RGB"
+    assert sheet.to_image(a.picture.pixels).mode == "RGB"
 
 
 def test_mistakes_are_one_line_that_says_what_to_do(checkpoint, photos, tmp_path, subject, photo):
@@ -269,8 +270,10 @@ def test_mistakes_are_one_line_that_says_what_to_do(checkpoint, photos, tmp_path
         return str(caught.value)
 
     (tmp_path / "notes.png").write_text("no image")
-    assert "notes.png: expected an image" in fails(str(tmp_path / "notes.png"))
-    assert "nowhere.jpg: cannot be read" in fails(str(tmp_path / "nowhere.jpg"))
+    assert "notes.png: cannot be read as an image" in fails(str(tmp_path / "notes.png"))
+    assert "nowhere.jpg: cannot be read as an image: [Errno 2] No such file" in fails(
+        str(tmp_path / "nowhere.jpg")
+    )
     write_beton(photo_tiles(tmp_path / "t", 1), tmp_path / "g.beton", channels=1, progress=False)
     assert "takes images of 3 channels" in fails(str(tmp_path / "g.beton"))
     (tmp_path / "file").write_text("")

@@ -1,14 +1,14 @@
-"""Memory of a pretraining step, by running the step on tensors that have sizes but no contents.
+"""Memory of a pretraining step, found by running the step on tensors without contents.
 
-Every operator of the forward passes, the loss, the backward pass and the optimiser is dispatched,
-none is computed (torch's FakeTensorMode), and the bytes of all living storages are summed after
-each of them. So the estimate follows from the model's own code, whatever an operator keeps for its
-gradient, at any size, in seconds and without the memory.
+torch's FakeTensorMode dispatches every operator of the forward passes, the loss, the backward pass
+and the optimiser, but computes none; the bytes of all live storages are summed after each. The
+estimate therefore follows from the model's own code and includes whatever an operator keeps for its
+gradient. It takes seconds at any size, and no memory.
 
-Left out, since no operator's result: scratch memory inside of operators, an allocator's rounding
-and gaps, CUDA's own context, NCCL's buffers, the loader, and what torch.compile changes.
-benchmarks/plan_memory.py measures how much the first two are on a CPU: the plan is 0.4 to 3.2 %
-above the process's peak in float32, and up to 10 % below it in bf16, whose kernels there copy.
+Not counted, because no operator returns it: scratch memory of operators, the allocator's rounding
+and fragmentation, the CUDA context, NCCL's buffers, the loader, and the effects of torch.compile.
+benchmarks/plan_memory.py measures the first two on a CPU: the plan is 0.4 to 3.2 % above the peak
+of the process in float32, and up to 10 % below it in bf16, whose CPU kernels make copies.
 """
 
 import dataclasses
@@ -32,16 +32,16 @@ from ssl_xcit.training.optim import build_optimizer, clip_gradients, parameter_g
 
 
 class TrainingMemory(NamedTuple):
-    """Bytes on one rank. The first six stay; the last two come on top, one after the other."""
+    """Bytes on one rank. The first six stay; the last two are added, one after the other."""
 
     student: int  # parameters and BatchNorm's running statistics
     teacher: int
     centre: int
     optimizer: int
-    images: int  # the views of a micro-batch in float32, on a GPU also the bytes that arrived
-    gradients: int  # 0 where they exist from the backward pass to the update only
-    passes: int  # most that is alive beside them: activations, logits, gradients that come and go
-    update: int  # gradients that do not stay, and what the optimiser and the teacher need meanwhile
+    images: int  # the views of a micro-batch in float32; on a GPU also as uint8
+    gradients: int  # 0 if they exist only from the backward pass to the update
+    passes: int  # peak of the rest in forward and backward passes: activations, logits, gradients
+    update: int  # peak of the rest in the update: temporaries, gradients that do not stay
 
     @property
     def resident(self) -> int:
@@ -50,16 +50,16 @@ class TrainingMemory(NamedTuple):
 
     @property
     def peak(self) -> int:
-        """Most bytes alive at any moment of a step."""
+        """The most bytes alive at any time of a step."""
         return self.resident + max(self.passes, self.update)
 
 
 def training_memory(config: TrainConfig, world_size: int, cuda: bool) -> TrainingMemory:
-    """Memory of one rank of `world_size`, training as `config` says.
+    """Memory of one rank of `world_size`.
 
-    Gradients stay where several micro-batches add up to one, and in DistributedDataParallel's
-    buckets; a single rank frees them after each update. What bf16 autocast rounds is what it does
-    on CPUs, which for these operators is what it does on GPUs.
+    Gradients stay if several micro-batches accumulate, and in DistributedDataParallel's buckets; a
+    single rank frees them after each update. bf16 autocast casts as on CPUs, which for these
+    operators is as on GPUs.
     """
     precision = planned(config.run.precision, cuda)
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, precision=precision))
@@ -69,10 +69,10 @@ def training_memory(config: TrainConfig, world_size: int, cuda: bool) -> Trainin
     with FakeTensorMode(allow_non_fake_inputs=True):
         student, teacher = student.to_empty(device="cpu"), teacher.to_empty(device="cpu")
         teacher.requires_grad_(False)
-        # On a CPU, samples that drop a branch are left out of its work; which do is in contents
-        # that these tensors do not have. To 2 %, a step in which none does needs the most, if it
-        # takes the sizes of crops apart as drop path does there. A GPU joins them, and leaves no
-        # sample out.
+        # On a CPU, drop path skips samples, but which ones depends on contents that these tensors
+        # do not have. To within 2 %, a step that skips none needs the most memory, provided that
+        # it computes each size of crops apart, as drop path does there. A GPU joins the sizes and
+        # skips no sample.
         student.backbone.activation_checkpointing = config.run.activation_checkpointing
         if cuda:
             student.backbone.join_sizes = not config.run.activation_checkpointing
@@ -85,7 +85,7 @@ def training_memory(config: TrainConfig, world_size: int, cuda: bool) -> Trainin
         trained = [p for p in student.parameters() if p.requires_grad]
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
-        optimizer.step()  # makes its moments
+        optimizer.step()  # allocates its moments
         moments = [t for state in optimizer.state.values() for t in state.values()]
         moments = [tensor for tensor in moments if isinstance(tensor, Tensor)]
         gradients = _bytes(trained)
@@ -99,7 +99,7 @@ def training_memory(config: TrainConfig, world_size: int, cuda: bool) -> Trainin
             clip_gradients(trained, config.optim.clip_grad, config.optim.clip_mode)
             optimizer.step()
     networks = _tensors(student)
-    # On a GPU the teacher's move is made as a whole, after the gradients have gone if they do.
+    # On a GPU the teacher is updated in one piece, after gradients that do not stay are freed.
     teacher_move = _bytes(student.parameters()) if cuda else 0
     return TrainingMemory(
         student=_bytes(networks),
@@ -120,7 +120,7 @@ def forward_backward(
     dino_loss: DINOLoss,
     crops: list[Tensor],
 ) -> None:
-    """One micro-batch of a step that is logged, which needs the most memory."""
+    """Run one micro-batch of a logged step, which needs the most memory."""
     settings = Settings(
         config.loss.teacher_temp, config.run.precision, crops_in_turn=config.crops.crops_in_turn
     )
@@ -129,16 +129,16 @@ def forward_backward(
 
 
 def crop_groups(config: TrainConfig) -> list[tuple[int, int]]:
-    """(views, side in pixels) of each pass through the student's backbone; the first is global."""
+    """(views, side in pixels) for each size of crops; the global crops come first."""
     crops = config.crops
     groups = [(2, crops.global_crops_size), (crops.local_crops_number, crops.local_crops_size)]
     return [group for group in groups if group[0]]
 
 
 class LiveBytes(TorchDispatchMode):
-    """Sums the bytes of the storages that operators bring to life; `peak` is their largest sum.
+    """Sums the bytes of the live storages that operators create; `peak` is the largest sum.
 
-    A storage counts until Python and autograd have both let go of it. Those of `held` do not count.
+    A storage counts until neither Python nor autograd refers to it. Those of `held` do not count.
     """
 
     def __init__(self, held: Iterable[Tensor]) -> None:
@@ -171,8 +171,8 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _prepare_positions(config: TrainConfig) -> None:
-    # The model computes a grid's Fourier features once per process. They must be real ones, or the
-    # first real forward afterwards would meet tensors without contents.
+    # The model caches the Fourier features of a grid. Fill the cache with real tensors, or a later
+    # real forward pass would find tensors without contents.
     patch_size = int(config.arch.rpartition("_p")[2])
     for _, side in crop_groups(config):
         grid = -(-side // patch_size)

@@ -1,10 +1,9 @@
 """Cost of a pretraining on a given machine: operations, memory, steps and hours.
 
-Here a FLOP is the hardware's: a multiply-add is two. The backward pass repeats each product of the
-forward pass twice, for the gradient of either factor, except that nothing needs the gradient of the
-images or of the fixed Fourier features. With activation checkpointing it repeats the backbone's
-forward pass, too. Drop path is not counted: at its rate,
-samples are left out of XCA and MLP.
+A multiply-add counts as two FLOPs. The backward pass costs each product of the forward pass twice,
+once for the gradient of each factor, except that images and Fourier features need no gradient.
+Activation checkpointing adds the backbone's forward pass. Drop path, which skips XCA and MLP for
+some samples, is not counted.
 """
 
 from typing import NamedTuple
@@ -27,7 +26,7 @@ from ssl_xcit.runtime.precision import planned
 
 
 class StepFlops(NamedTuple):
-    """FLOPs of one optimiser step on one rank, all its micro-batches together."""
+    """FLOPs of one optimiser step on one rank, over all its micro-batches."""
 
     teacher: int
     student_forward: int
@@ -35,7 +34,7 @@ class StepFlops(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Of the whole step; loss, optimiser and everything else between the products are free."""
+        """Of the step; everything but matrix products and convolutions counts as free."""
         return sum(self)
 
 
@@ -54,16 +53,16 @@ class Plan(NamedTuple):
 
 
 def plan_training(config: PlanConfig) -> Plan:
-    """The cost of training as `config` says.
+    """The cost of a training.
 
-    Raises UserError when there are fewer images than a step takes.
+    Raises UserError if an epoch has fewer images than a step takes.
     """
     optim = config.optim
     global_batch = optim.batch_size_per_gpu * optim.accumulation_steps * config.gpus
-    steps_per_epoch = config.images // global_batch  # a rest is left for the next epoch's order
+    steps_per_epoch = config.images // global_batch  # the rest is dropped
     if steps_per_epoch == 0:
         raise UserError(
-            f"a step takes {global_batch:,} images, there are {config.images:,}: lower "
+            f"a step takes {global_batch:,} images, an epoch has {config.images:,}: lower "
             "--batch_size_per_gpu, --accumulation_steps or --gpus"
         )
     steps = steps_per_epoch * optim.epochs
@@ -85,7 +84,7 @@ def plan_training(config: PlanConfig) -> Plan:
 
 
 def step_flops(config: TrainConfig) -> StepFlops:
-    """FLOPs of one step of one rank: teacher on the global views, student on all, head included."""
+    """FLOPs of a step on one rank: teacher on the global views, student on all, with the head."""
     with torch.device("meta"):
         network = dino_network(config)
     backbone, head = network.backbone, head_multiply_adds(network.head)
@@ -100,13 +99,13 @@ def step_flops(config: TrainConfig) -> StepFlops:
 
 
 def head_multiply_adds(head: DINOHead) -> int:
-    """Multiply-adds of the projection head for one view: every weight matrix once."""
+    """Multiply-adds of the projection head for one view: one per weight of its matrices."""
     matrices = [p for p in head.parameters() if p.ndim == 2 and p.shape[1] > 1]  # weight_g is none
     return sum(matrix.numel() for matrix in matrices)
 
 
 def _forward(backbone: XCiT, views: int, side: int, head: int) -> tuple[int, int]:
-    """Multiply-adds of one pass of backbone and head, and those that its gradient spares."""
+    """Multiply-adds of a forward pass of backbone and head, and those without a gradient."""
     positions = position_projection(backbone, side, side)  # once for the whole batch
     per_view = count_operations(backbone, side, side, conventional=False).multiply_adds - positions
     spared = views * first_convolution(backbone, side, side) + positions
@@ -114,7 +113,7 @@ def _forward(backbone: XCiT, views: int, side: int, head: int) -> tuple[int, int
 
 
 def _repeated(backbone: XCiT, side: int) -> int:
-    """Multiply-adds for one view of what activation checkpointing computes a second time."""
+    """Multiply-adds per view that activation checkpointing repeats."""
     per_view = count_operations(backbone, side, side, conventional=False).multiply_adds
     return per_view - position_projection(backbone, side, side)
 
@@ -125,7 +124,7 @@ def print_plan(config: PlanConfig) -> None:
 
 
 def describe_plan(config: PlanConfig, plan: Plan) -> str:
-    """The plan in words, a line for each thing."""
+    """The plan as lines of text."""
     optim, crops, memory, flops = config.optim, config.crops, plan.memory, plan.flops
     per_image = flops.total / (optim.batch_size_per_gpu * optim.accumulation_steps)
     moments = "moments" if optim.optimizer == "adamw" else "moment"
@@ -133,8 +132,8 @@ def describe_plan(config: PlanConfig, plan: Plan) -> str:
         ("student", memory.student),
         ("teacher", memory.teacher),
         (f"{optim.optimizer}'s {moments}", memory.optimizer),
-        ("centre, images", memory.centre + memory.images),
-        ("gradients that stay", memory.gradients),
+        ("centre and images", memory.centre + memory.images),
+        ("persistent gradients", memory.gradients),
     ]
     lines = [
         f"{config.arch}: {plan.backbone_parameters / 1e6:.2f} M parameters, head of "
@@ -144,29 +143,29 @@ def describe_plan(config: PlanConfig, plan: Plan) -> str:
         f"{crops.local_crops_number} of {crops.local_crops_size} pixels each, "
         f"{planned(config.run.precision, config.run.device != 'cpu')}",
         "",
-        "FLOPs of a step, on each GPU (a multiply-add is 2)",
+        "FLOPs per step and GPU (a multiply-add is 2)",
         *(
             f"  {name:<28}{value / 1e12:>10.3f} T"
             for name, value in (
                 ("teacher, forward", flops.teacher),
                 ("student, forward", flops.student_forward),
                 ("student, backward", flops.student_backward),
-                ("together", flops.total),
+                ("total", flops.total),
             )
         ),
-        f"  {'for each image':<28}{per_image / 1e9:>10.1f} G",
+        f"  {'per image':<28}{per_image / 1e9:>10.1f} G",
         "",
-        "memory, on each GPU",
+        "memory per GPU",
         *(f"  {name:<28}{_megabytes(value)}" for name, value in resident if value),
         f"  {'activations and their gradients':<32}{_megabytes(memory.passes, 8)}",
         f"  {'at the peak':<28}{_megabytes(memory.peak)}",
-        "  besides: CUDA itself, NCCL, scratch memory of operators, gaps between allocations",
+        "  not counted: CUDA itself, NCCL, scratch memory of operators, fragmentation",
         "",
         f"{optim.epochs} epochs x {plan.steps_per_epoch:,} steps = {plan.steps:,} steps of "
         f"{config.images:,} images an epoch",
         f"at {config.utilisation:.0%} of {config.tflops:g} TFLOP/s: {plan.images_per_second:,.0f} "
         f"images/s, {plan.hours:,.1f} hours, {config.gpus * plan.hours:,.0f} GPU hours",
-        "the utilisation is what you assume; the training's log tells the true images/s",
+        "the utilisation is an assumption; the log of a training has the measured images/s",
     ]
     return "\n".join(lines)
 

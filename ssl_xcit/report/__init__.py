@@ -1,1 +1,1 @@
-"""A run to look at: page, charts, pictures, lists."""
+"""Views of a run: page, charts, pictures, lists."""

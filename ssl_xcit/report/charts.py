@@ -1,27 +1,28 @@
-"""Line charts as inline SVG: no library, no network, legible in light, dark and print.
+"""Line charts as inline SVG, without a library or a network.
 
-Colours, sizes of type and whatever else is style are the page's, see `ssl_xcit.report.style`. A
-chart is complete as it stands; the page's script only adds a pointer that reads values off.
+Colours and font sizes are in `ssl_xcit.report.style`. A chart is complete without JavaScript; the
+page's script adds the value under the pointer.
 """
 
-import html
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from html import escape
+from types import MappingProxyType
 from typing import NamedTuple
 
-WIDTH, HEIGHT = 360, 180  # of the drawing, in its own units: about pixels
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 16, 24  # margins of the frame in it
-MOST_POINTS = 240  # of a line: more could not be told apart
+WIDTH, HEIGHT = 360, 180  # of the drawing, in SVG units: about pixels
+LEFT, RIGHT, TOP, BOTTOM = 46, 10, 16, 24  # margins around the frame
+MOST_POINTS = 240  # of a line: more cannot be told apart at this width
 
 Value = float | int
 Points = Sequence[tuple[Value, Value | None]]
 
 
 class Series(NamedTuple):
-    """A line: (step, value) in the order of the steps; None where a value was not finite.
+    """A line: (step, value) by increasing step; None marks a value that is not finite.
 
-    Without a label it is what the chart is called.
+    The only line of a chart needs no label.
     """
 
     label: str
@@ -29,44 +30,42 @@ class Series(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """Lines over the steps of a run."""
+    """Lines over the steps of a run: what they show, and the lines once there are rows."""
 
     title: str
-    note: str
-    series: list[Series]
+    note: str = ""
+    keys: Mapping[str, str] = MappingProxyType({})  # of metrics.jsonl -> label of the line
+    series: Sequence[Series] = ()
+    scale: float = 1.0  # from logged values to drawn ones
     percent: bool = False  # values are shares, shown as percent
-    reference: tuple[Value, str] | None = None  # a level to compare with, and what it means
-    limits: tuple[Value, Value] | None = None  # of the values; by default as far as they go
-    dots: bool = False  # a mark for each value, where there are few
+    reference: tuple[Value, str] | None = None  # a level to compare with, and its label
+    limits: tuple[Value, Value] | None = None  # of the y axis; by default those of the values
+    dots: bool = False  # mark each value
 
 
-class Thinned(NamedTuple):
-    """What is drawn of a series: means over equal numbers of steps, and the range within each."""
+class Point(NamedTuple):
+    """A drawn point: one value, or the mean and range of several; None if none is finite."""
 
-    points: list[tuple[Value, Value | None]]
-    ranges: list[tuple[Value, Value, Value]]  # step, least, greatest; none if nothing was merged
+    step: Value
+    value: Value | None
+    low: Value | None
+    high: Value | None
 
 
-def thinned(points: Points, most: int = MOST_POINTS) -> Thinned:
-    """At most `most` points; of merged ones the last step, the mean of what is finite, the range.
-
-    None only where no value of a group is finite.
-    """
-    if len(points) <= most:
-        return Thinned(list(points), [])
+def thinned(points: Points, most: int = MOST_POINTS) -> list[Point]:
+    """At most `most` points, each of a group of equal size: its last step, mean and range."""
     size = -(-len(points) // most)
-    kept, ranges = [], []
+    kept = []
     for start in range(0, len(points), size):
         group = points[start : start + size]
         step, finite = group[-1][0], [value for _, value in group if value is not None]
-        kept.append((step, math.fsum(finite) / len(finite) if finite else None))
-        if finite:
-            ranges.append((step, min(finite), max(finite)))
-    return Thinned(kept, ranges)
+        mean = math.fsum(finite) / len(finite) if finite else None
+        kept.append(Point(step, mean, min(finite, default=None), max(finite, default=None)))
+    return kept
 
 
 def ticks(low: Value, high: Value, count: int = 4) -> list[Value]:
-    """Round numbers in [low, high], about `count` of them: multiples of 1, 2 or 5 x 10^n."""
+    """About `count` round numbers in [low, high]: multiples of 1, 2 or 5 x 10^n."""
     rough = (high - low) / count
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(unit * m for m in (1, 2, 5, 10) if unit * m >= rough * 0.999)
@@ -75,7 +74,7 @@ def ticks(low: Value, high: Value, count: int = 4) -> list[Value]:
 
 
 def number(value: Value, percent: bool = False) -> str:
-    """A value in few characters: 2.944, 12,345, 4e-5, 78.4 %."""
+    """A value in a few characters: 2.944, 12,345, 4e-5, 78.4 %."""
     if percent:
         return f"{100 * value:.3g} %" if abs(value) < 0.9995 else f"{100 * value:.0f} %"
     if value and not 1e-3 <= abs(value) < 1e6:
@@ -85,30 +84,33 @@ def number(value: Value, percent: bool = False) -> str:
 
 
 def chart_html(chart: Chart) -> str:
-    """The chart as an HTML figure: title, the lines' last values, the SVG, a note."""
-    lines = [(a.label, thinned(a.points)) for a in chart.series]
-    frame = _Frame.of(chart, lines)
+    """The chart as an HTML figure: title, last value of each line, drawing, note."""
+    lines = [(label, thinned(points)) for label, points in chart.series]
     readouts = []
-    for i, (label, line) in enumerate(lines):
-        finite = [value for _, value in line.points if value is not None]
-        last = number(finite[-1], chart.percent) if finite else "not finite"
-        named = f"<i></i>{html.escape(label)} " if label else ""
+    for i, (label, points) in enumerate(lines):
+        finite = _finite(points)
+        last = number(finite[-1].value, chart.percent) if finite else "not finite"
+        named = f"<i></i>{escape(label)} " if label else ""
         readouts.append(f'<span class="s{i}">{named}<b>{last}</b></span>')
-    end = max(line.points[-1][0] for _, line in lines)
+    end = max(points[-1].step for _, points in lines)
     note = chart.note
-    if any(line.ranges for _, line in lines):
-        note += " Each point is a mean over several records, the band their range."
+    if any(len(line.points) > MOST_POINTS for line in chart.series):
+        note += " Points are means of several records, the band is their range."
     return (
         '<figure class="chart"><figcaption>'
-        f"<h4>{html.escape(chart.title)}</h4>"
+        f"<h4>{escape(chart.title)}</h4>"
         f'<p class="readout">{"".join(readouts)}<span class="at">step {end:,.0f}</span></p>'
-        f"</figcaption>{_svg(chart, lines, frame)}"
-        f'<p class="note">{html.escape(note)}</p></figure>'
+        f"</figcaption>{_svg(chart, lines)}"
+        f'<p class="note">{escape(note)}</p></figure>'
     )
 
 
+def _finite(points: Sequence[Point]) -> list[Point]:
+    return [point for point in points if point.value is not None]
+
+
 class _Frame(NamedTuple):
-    """From steps and values to places in the drawing."""
+    """Maps steps and values to coordinates of the drawing."""
 
     first: Value
     last: Value
@@ -116,14 +118,14 @@ class _Frame(NamedTuple):
     high: Value
 
     @classmethod
-    def of(cls, chart: Chart, lines: list[tuple[str, Thinned]]) -> "_Frame":
-        steps = [step for _, line in lines for step, _ in line.points]
-        values = [value for _, line in lines for _, value in line.points if value is not None]
-        values += [bound for _, line in lines for _, *pair in line.ranges for bound in pair]
+    def of(cls, chart: Chart, lines: list[tuple[str, list[Point]]]) -> "_Frame":
+        steps = [point.step for _, points in lines for point in points]
+        finite = [point for _, points in lines for point in _finite(points)]
+        values = [value for point in finite for value in (point.low, point.high)]
         values += [chart.reference[0]] if chart.reference else []
-        low, high = chart.limits or (min(values, default=0.0), max(values, default=1.0))
-        low, high = min([low, *values]), max([high, *values])
-        if high - low <= 1e-9 * max(abs(low), abs(high)):  # a level line: in the middle
+        values += chart.limits or ([] if values else [0.0, 1.0])
+        low, high = min(values), max(values)
+        if high - low <= 1e-9 * max(abs(low), abs(high)):  # a constant: in the middle
             room = abs(high) / 2 or 0.5
         else:
             room = 0.0 if chart.limits else 0.04 * (high - low)
@@ -139,55 +141,53 @@ class _Frame(NamedTuple):
         )
 
 
-def _svg(chart: Chart, lines: list[tuple[str, Thinned]], frame: _Frame) -> str:
+def _svg(chart: Chart, lines: list[tuple[str, list[Point]]]) -> str:
+    frame = _Frame.of(chart, lines)
     parts = [_axes(chart, frame)]
     data = []
-    for i, (_, line) in enumerate(lines):
-        if line.ranges:
-            up = [f"{frame.x(step):.1f},{frame.y(high):.1f}" for step, _, high in line.ranges]
-            down = [f"{frame.x(step):.1f},{frame.y(low):.1f}" for step, low, _ in line.ranges]
-            outline = " ".join([*up, *reversed(down)])
+    for i, (_, points) in enumerate(lines):
+        finite = _finite(points)
+        if any(point.low < point.high for point in finite):
+            edges = [(point.step, point.high) for point in finite]
+            edges += [(point.step, point.low) for point in reversed(finite)]
+            outline = " ".join(f"{frame.x(step):.1f},{frame.y(value):.1f}" for step, value in edges)
             parts.append(f'<polygon class="band s{i}" points="{outline}"/>')
-        parts.append(f'<path class="line s{i}" d="{_path(line.points, frame)}"/>')
-        finite = [(step, value) for step, value in line.points if value is not None]
+        parts.append(f'<path class="line s{i}" d="{_path(points, frame)}"/>')
+        places = [(round(frame.x(p.step), 1), round(frame.y(p.value), 1)) for p in finite]
         if chart.dots or len(finite) == 1:
-            marks = (
-                f'<circle class="dot s{i}" r="2.6" cx="{frame.x(s):.1f}" cy="{frame.y(v):.1f}"/>'
-                for s, v in finite
-            )
-            parts.extend(marks)
+            parts += (f'<circle class="dot s{i}" r="2.6" cx="{x}" cy="{y}"/>' for x, y in places)
         data.append(
             {
-                "step": [step for step, _ in finite],
-                "x": [round(frame.x(step), 1) for step, _ in finite],
-                "y": [round(frame.y(value), 1) for _, value in finite],
-                "text": [number(value, chart.percent) for _, value in finite],
+                "step": [point.step for point in finite],
+                "x": [x for x, _ in places],
+                "y": [y for _, y in places],
+                "text": [number(point.value, chart.percent) for point in finite],
             }
         )
     parts.append(_level(chart, frame))
-    described = "; ".join(_in_words(label, line, chart.percent).strip() for label, line in lines)
+    described = "; ".join(_in_words(label, points, chart.percent) for label, points in lines)
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" data-lines="'
-        f'{html.escape(json.dumps(data, separators=(",", ":")))}" '
-        f'aria-label="{html.escape(chart.title)}: {html.escape(described)}">'
+        f'{escape(json.dumps(data, separators=(",", ":")))}" '
+        f'aria-label="{escape(chart.title)}: {escape(described)}">'
         f"{''.join(parts)}</svg>"
     )
 
 
-def _path(points: Points, frame: _Frame) -> str:
-    """Lines between neighbours that are both finite."""
-    path, pen = [], "M"
-    for step, value in points:
-        if value is None:
+def _path(points: Sequence[Point], frame: _Frame) -> str:
+    """A line, with a gap wherever a value is not finite."""
+    path, pen = "", "M"
+    for point in points:
+        if point.value is None:
             pen = "M"
-            continue
-        path.append(f"{pen}{frame.x(step):.1f} {frame.y(value):.1f}")
-        pen = "L"
-    return "".join(path)
+        else:
+            path += f"{pen}{frame.x(point.step):.1f} {frame.y(point.value):.1f}"
+            pen = "L"
+    return path
 
 
 def _axes(chart: Chart, frame: _Frame) -> str:
-    """Lines of the grid with their values, and the steps below."""
+    """Grid lines with their values, and steps below the frame."""
     right, floor = WIDTH - RIGHT, HEIGHT - BOTTOM
     inner = f'x="{LEFT}" y="{TOP}" width="{right - LEFT}" height="{floor - TOP}"'
     parts = [f'<rect class="frame" {inner}/>']
@@ -211,22 +211,22 @@ def _axes(chart: Chart, frame: _Frame) -> str:
 
 
 def _level(chart: Chart, frame: _Frame) -> str:
-    """The level to compare with, over the lines, or its name could not be read."""
+    """The reference level; drawn over the lines, so that its label stays legible."""
     if chart.reference is None:
         return ""
     right, y = WIDTH - RIGHT, frame.y(chart.reference[0])
     return (
         f'<line class="level" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        f'<text class="level" x="{right}" y="{y - 5:.1f}">{html.escape(chart.reference[1])}</text>'
+        f'<text class="level" x="{right}" y="{y - 5:.1f}">{escape(chart.reference[1])}</text>'
     )
 
 
-def _in_words(label: str, line: Thinned, percent: bool) -> str:
-    """For those who do not see the drawing."""
-    finite = [value for _, value in line.points if value is not None]
-    if not finite:
-        return f"{label} is never finite"
+def _in_words(label: str, points: Sequence[Point], percent: bool) -> str:
+    """A text alternative, for screen readers."""
+    values = [point.value for point in _finite(points)]
+    if not values:
+        return f"{label} is never finite".strip()
     first, last, low, high = (
-        number(value, percent) for value in (finite[0], finite[-1], min(finite), max(finite))
+        number(value, percent) for value in (values[0], values[-1], min(values), max(values))
     )
-    return f"{label} from {first} to {last}, between {low} and {high}"
+    return f"{label} from {first} to {last}, between {low} and {high}".strip()

@@ -1,4 +1,4 @@
-"""The configuration of eval/visualize.py; see `ssl_xcit.runtime.config`."""
+"""The settings of eval/visualize.py; see `ssl_xcit.runtime.config`."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,40 +12,40 @@ from ssl_xcit.runtime.errors import UserError
 class VisualizeConfig:
     """Draw what a network sees in images: attention of each head, and patch tokens as colours.
 
-    The checkpoint and the images may stand first, without their names: RUN IMAGE... --out FOLDER
+    The checkpoint and the images may come first, without option names: RUN IMAGE... --out FOLDER
     """
 
     POSITIONAL = ("checkpoint", "images")
 
     checkpoint: str
-    """Run folder or checkpoint of any format, supervised ones too."""
+    """Run folder or checkpoint of any format, including supervised ones."""
     images: tuple[str, ...]
     """Image files, folders of them, .beton files."""
     out: str
-    """Folder for a PNG per image; or, if it ends in .png, one picture of all of them."""
+    """Folder for one PNG per image; a name ending in .png puts all images in one picture."""
     limit: int = 8
-    """Images of each folder and .beton, spread evenly over it; 0 = all."""
+    """Images from each folder and .beton, evenly spread; 0 = all."""
     size: int = 0
-    """Longest side that the network sees, pixels; the shorter one follows, and both are rounded to
-    whole patches. 0 = as stored, at most 480. Larger sides give finer maps."""
+    """Longest side of the network's input, pixels; the aspect ratio is kept, rounded to whole
+    patches. 0 = as stored, at most 480. Larger inputs give finer maps."""
     heads: Literal["each", "mean"] = "each"
-    """A map for each head, or the mean of all."""
+    """One map per head, or their mean."""
     scale: Literal["head", "shared"] = "head"
-    """Colours of the attention: over each head's own range, or one range for all heads of an image,
-    which tells weak heads from strong ones."""
+    """Range of the attention's colours: that of each head, or one for all heads of an image, which
+    shows which heads are weak."""
     pca: Literal["image", "joint"] = "image"
-    """Principal components of each image's own patch tokens, or of all images' together, so that
-    equal colours mean the same in all of them."""
+    """Principal components of each image's patch tokens, or of all images' jointly, which makes
+    colours comparable between images."""
     upsample: Literal["nearest", "bilinear"] = "nearest"
-    """Patches as the squares that they are, or smoothed."""
+    """Show patches as squares, or smoothed."""
     arch: str = ""
-    """Architecture of a checkpoint that does not say its own."""
+    """Architecture, if the checkpoint does not name it."""
     role: Literal["teacher", "student", "model", "model_ema"] = "teacher"
-    """Whose weights are read where a checkpoint has several; teacher: its first if it has none."""
+    """Which weights to read if a checkpoint has several; without a teacher, its first."""
     device: Device = "auto"
     """auto takes the GPU if there is one."""
     precision: Precision = "auto"
-    """bf16 or fp16 autocast, or float32; auto takes the quickest of this machine."""
+    """bf16 or fp16 autocast, or float32; auto takes the fastest on this machine."""
 
     def __post_init__(self) -> None:
         if self.arch:

@@ -19,15 +19,14 @@ from ssl_xcit.evaluation.knn import cosine_top_k
 from ssl_xcit.evaluation.subject import Subject, checkpoint_subject
 from ssl_xcit.finetune.config import FinetuneConfig
 from ssl_xcit.models.flops import count_operations
-from ssl_xcit.report.preview import first_views
+from ssl_xcit.report.preview import first_samples
+from ssl_xcit.report.sheet import to_image
 from ssl_xcit.report.visualize import (
     PatchColours,
     Picture,
     attention_pictures,
     colour_picture,
     look,
-    resized,
-    shown,
     spread,
 )
 from ssl_xcit.runtime import distributed
@@ -36,83 +35,64 @@ from ssl_xcit.runtime.distributed import Distributed
 SAMPLES = 6  # images that are shown
 NEAREST = 5  # neighbours of each
 VIEWED = 4  # images whose views are shown
-LOOKED_AT = 320  # pixels: the longest side at which the network looks at a sample
+LOOKED_AT = 320  # pixels: the longest side of a sample as the network's input
 THUMBNAIL = 160  # pixels: the longest side of a neighbour, or of a stored image
-# Neighbours are searched among so many images, or on a CPU among those that cost so many
-# multiply-adds, about ten seconds of one core
+# Images searched for neighbours; on a CPU no more than this many multiply-adds can embed, which
+# takes one core about ten seconds
 MOST_SEARCHED, LEAST_SEARCHED, CPU_BUDGET = 2000, 64, 2e11
 
 
 class Shot(NamedTuple):
-    """An image in the page."""
+    """An image of the page."""
 
     image: Image.Image
     caption: str
     alt: str
-    photo: bool = True  # or a map with a pixel per patch
-
-
-class Sight(NamedTuple):
-    """A sample, the colours of its patches, a map per head."""
-
-    shots: list[Shot]
-    note: str
-
-
-class Query(NamedTuple):
-    """A sample, and its nearest neighbours; `same`: whether they have its label, None: unknown."""
-
-    shots: list[Shot]
-    same: list[bool | None]
-
-
-class Views(NamedTuple):
-    """A stored image and what training makes of it; `widths` as shares of the largest view's."""
-
-    shots: list[Shot]
-    widths: list[float]
+    photo: bool = True  # or a map with one pixel per patch
+    same: bool | None = None  # of a neighbour: whether it has the sample's label, if both have one
+    width: float = 1.0  # of a view: share of the largest view's width
 
 
 class Seen(NamedTuple):
-    """What the network of a checkpoint makes of sample images."""
+    """What the network of a checkpoint sees in sample images."""
 
     network: str  # in words
-    sights: list[Sight]
-    queries: list[Query]
-    searched: int  # images among which neighbours were looked for
-    where: str  # they lie
+    sights: list[list[Shot]]  # for each sample: the image, its patches as colours, a map per head
+    queries: list[list[Shot]]  # for each sample: the image, its nearest neighbours
+    searched: int  # images among which neighbours were searched
+    where: str  # name of their file or folder
 
 
-def views(config: TrainConfig) -> list[Views]:
-    """The first images that this training saw, and the very views that it made of them.
+def views(config: TrainConfig) -> list[list[Shot]]:
+    """For each of the first images of a training: the stored image, the views it was made into.
 
-    Raises UserError where the images are gone.
+    Raises UserError if the images are gone.
     """
     beton = Beton(config.data)
     recipe = dino_views(**config.crops.view_arguments())
     largest = max(view.size for group in recipe for view in group)
-    sizes = [view.size for group in recipe for view in group]
-    count = min(VIEWED, len(beton))
-    indices, made, corrupt = first_views(beton, recipe, count, config.seed, 0)
-    names = ["global 1", "global 2", *(f"local {k + 1}" for k in range(len(sizes) - 2))]
-    found = []
-    for index, cut in zip(indices, made, strict=True):
-        if index in corrupt:
+    rows = []
+    for sample in first_samples(beton, recipe, min(VIEWED, len(beton)), config.seed, 0):
+        if sample.stored is None:
             continue
-        stored = thumbnail(beton.decode(index))
-        shots = [Shot(stored, "stored", f"stored image {index}")]
-        shots += [
-            Shot(shown(pixels), name, f"{name} view of image {index}")
-            for name, pixels in zip(names, cut, strict=True)
+        stored = Shot(thumbnail(sample.stored), "stored", f"stored image {sample.index}")
+        made = [
+            Shot(
+                to_image(pixels),
+                name,
+                f"{name} view of image {sample.index}",
+                width=len(pixels) / largest,
+            )
+            for name, pixels in sample.views.items()
         ]
-        found.append(Views(shots, [1.0, *(size / largest for size in sizes)]))
-    return found
+        rows.append([stored, *made])
+    return rows
 
 
 def seen(run: Path, config: TrainConfig | FinetuneConfig, device: str = "auto") -> Seen:
-    """What the newest checkpoint of `run` makes of samples of its held-out images.
+    """What the newest checkpoint of `run` sees in some of its held-out images.
 
-    Raises UserError where there is no checkpoint yet, or the images are gone.
+    Raises UserError if there is no checkpoint yet, or the images are gone.
     """
     subject = checkpoint_subject(run)
     train_path, test_path, view = _sources(config)
@@ -125,19 +105,21 @@ def seen(run: Path, config: TrainConfig | FinetuneConfig, device: str = "auto") 
         chosen = spread(len(samples), min(SAMPLES, -(-len(samples) // 2)))
         sights = [_sight(subject, samples, i, ranks) for i in chosen.tolist()]
         among = spread(len(pool), _searched(subject, view.size, ranks))
-        if samples is pool:  # an image is no neighbour of its own
+        if samples is pool:  # an image is not its own neighbour
             among = np.setdiff1d(among, chosen)
         queries = _queries(subject, (samples, chosen), (pool, among), view, ranks)
     finally:
         distributed.teardown()
+    side = subject.backbone.patch_size
     network = f"the {subject.facts['role']} after step {subject.facts['step']:,}"
+    network += f"; its patches are {side} x {side} pixels"
     return Seen(network, sights, queries, len(among), Path(train_path).name)
 
 
 def _sources(config: TrainConfig | FinetuneConfig) -> tuple[str, str, EvalView]:
-    """Where neighbours come from, where samples come from, and how the network sees them.
+    """Paths of the neighbours and of the samples, and the view of them that the network gets.
 
-    Those of the probe, or of the fine-tuning's test, as far as there are any.
+    Those of the probe, or of a fine-tuning's test, if there are any.
     """
     if isinstance(config, FinetuneConfig):
         side = config.evaluation.eval_size or config.views.image_size
@@ -151,35 +133,29 @@ def _sources(config: TrainConfig | FinetuneConfig) -> tuple[str, str, EvalView]:
 
 
 def _searched(subject: Subject, side: int, ranks: Distributed) -> int:
-    """How many images to search: fewer of them where each costs more and there is no GPU."""
+    """How many images to search: on a CPU fewer, the more each costs."""
     if ranks.device.type != "cpu":
         return MOST_SEARCHED
     cost = count_operations(subject.backbone, side, side, conventional=False).multiply_adds
     return int(np.clip(CPU_BUDGET / cost, LEAST_SEARCHED, MOST_SEARCHED))
 
 
-def _sight(subject: Subject, images: Images, index: int, ranks: Distributed) -> Sight:
+def _sight(subject: Subject, images: Images, index: int, ranks: Distributed) -> list[Shot]:
     pixels = _pixels(images, index)
-    longest = max(pixels.shape[:2])
-    size = LOOKED_AT if longest > LOOKED_AT else 0
+    size = LOOKED_AT if max(pixels.shape[:2]) > LOOKED_AT else 0
     a = look(subject, Picture(f"image {index}", pixels), size, ranks.device)
-    height, width = a.picture.pixels.shape[:2]
     rows, columns, _ = a.tokens.shape
-    label = _label(images, index)
-    shots = [
-        Shot(shown(a.picture.pixels), label or "image", f"sample image {index}"),
-        Shot(
-            colour_picture(PatchColours.fit([a])(a.tokens)),
-            "patches",
-            "its patch tokens: the first three principal components as red, green and blue",
-            photo=False,
-        ),
-    ]
-    shots += [
+    colours = colour_picture(PatchColours.fit([a])(a.tokens))
+    described = "its patch tokens: the first three principal components as red, green and blue"
+    heads = [
         Shot(picture, f"head {k + 1}", f"where head {k + 1} looks in it", photo=False)
         for k, picture in enumerate(attention_pictures(a.attention))
     ]
-    return Sight(shots, f"{width} x {height} pixels, {columns} x {rows} patches")
+    return [
+        Shot(to_image(a.picture.pixels), _label(images, index) or "image", f"sample image {index}"),
+        Shot(colours, f"{columns} x {rows} patches", described, photo=False),
+        *heads,
+    ]
 
 
 def _queries(
@@ -188,8 +164,8 @@ def _queries(
     pool: tuple[Images, Int64[np.ndarray, " n"]],
     view: EvalView,
     ranks: Distributed,
-) -> list[Query]:
-    """Each sample and its nearest images in the pool by the cosine of their cls tokens."""
+) -> list[list[Shot]]:
+    """Each sample and its nearest images of the pool by the cosine of their cls tokens."""
     features = []
     for images, subset in (samples, pool):
         loader = evaluation_loader(
@@ -209,29 +185,31 @@ def _queries(
     queries = []
     for row, index in enumerate(asked.indices.tolist()):
         label = _label(samples[0], index)
-        shots = [
-            Shot(thumbnail(_pixels(samples[0], index)), label or "sample", f"sample image {index}")
-        ]
-        same: list[bool | None] = [None]
+        sample = thumbnail(_pixels(samples[0], index))
+        shots = [Shot(sample, label or "sample", f"sample image {index}")]
         for cosine, place in zip(cosines[row].tolist(), nearest[row].tolist(), strict=True):
             other = int(known.indices[place])
             name = _label(pool[0], other)
-            caption = f"{name} {cosine:.3f}".strip()
-            picture = thumbnail(_pixels(pool[0], other))
-            shots.append(Shot(picture, caption, f"{name or 'image'} {other}, cosine {cosine:.3f}"))
-            same.append(name == label if name and label else None)
-        queries.append(Query(shots, same))
+            shots.append(
+                Shot(
+                    thumbnail(_pixels(pool[0], other)),
+                    f"{name} {cosine:.3f}".strip(),
+                    f"{name or 'image'} {other}, cosine {cosine:.3f}",
+                    same=name == label if name and label else None,
+                )
+            )
+        queries.append(shots)
     return queries
 
 
 def _pixels(images: Images, index: int) -> UInt8[np.ndarray, "h w c"]:
-    """An image as it is stored, with the channels of its dataset."""
+    """An image as stored, with the channels of its dataset."""
     pixels = np.atleast_3d(np.asarray(images.decode(index)))
     return pixels[:, :, : images.channels]
 
 
 def _label(images: Images, index: int) -> str:
-    """The name of its class; "" if it has none."""
+    """The name of the image's class; "" without labels."""
     if images.labels is None:
         return ""
     label = int(images.labels[index])
@@ -239,17 +217,14 @@ def _label(images: Images, index: int) -> str:
 
 
 def thumbnail(pixels: UInt8[np.ndarray, "h w c"]) -> Image.Image:
-    """The image, or a smaller one where its longest side exceeds THUMBNAIL."""
-    height, width, _ = pixels.shape
-    longest = max(height, width)
-    if longest > THUMBNAIL:
-        sides = (max(1, round(side * THUMBNAIL / longest)) for side in (width, height))
-        pixels = resized(pixels, *sides)
-    return shown(pixels)
+    """The image, reduced until its longest side is at most THUMBNAIL."""
+    image = to_image(pixels)
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    return image
 
 
 def data_uri(image: Image.Image, photo: bool) -> str:
-    """The image itself as an address: JPEG for what is large, PNG for what is small or a map."""
+    """The image as a data URI: large photos as JPEG, small ones and maps as PNG."""
     jpeg = photo and image.width * image.height > 64 * 64
     buffer = io.BytesIO()
     if jpeg:

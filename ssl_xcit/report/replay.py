@@ -1,37 +1,34 @@
-"""See a bad step again: `ssl-xcit replay RUN` after a run has given up.
+"""Repeat a bad step: `ssl-xcit replay RUN`, after a run has given up.
 
-A run gives up when loss or gradients were not finite several steps in a row, and leaves its state
-before the first of them in `bad_step/`. This computes that step once more, micro-batch by
-micro-batch in one process, and says what was not finite and which images were looked at. (With
-`sync_bn` on several ranks, BatchNorm normalised by all of their batches; here by each micro-batch.)
+A run gives up when loss or gradients are not finite in several steps in a row; it then leaves its
+state before the first of them in `bad_step/`. This repeats that step in one process, one
+micro-batch at a time, and names what is not finite and the images. (With `sync_bn` on several
+ranks, BatchNorm normalised over the batches of all of them; here over each micro-batch.)
 """
 
 import argparse
 import dataclasses
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from ssl_xcit.checkpoints import folder as checkpoint
 from ssl_xcit.dino.config import TrainConfig
 from ssl_xcit.dino.train import Pretraining
-from ssl_xcit.finetune.config import FinetuneConfig
 from ssl_xcit.finetune.train import Finetuning
+from ssl_xcit.report.runs import read_json, read_run
 from ssl_xcit.runtime import distributed
-from ssl_xcit.runtime.config import read_config
 from ssl_xcit.runtime.errors import UserError, exit_on_user_error
 from ssl_xcit.training.saving import restore
 from ssl_xcit.training.task import Task
 
-KINDS = {"pretraining": (TrainConfig, Pretraining), "fine-tuning": (FinetuneConfig, Finetuning)}
-
 
 def replay(run: Path) -> list[dict]:
-    """What each micro-batch of the captured step gives: loss, images, what is not finite.
+    """For each micro-batch of the captured step: loss, images, what is not finite.
 
     Raises UserError if the run has left no bad step.
     """
@@ -48,7 +45,7 @@ def replay(run: Path) -> list[dict]:
     with closing(task.loader):
         batches = iter(task.loader)
         for micro in range(task.config.optim.accumulation_steps):
-            with _first_not_finite(task.bare_model) as modules:
+            with _not_finite(task.bare_model) as modules:
                 loss = task.loss(next(batches), step, micro, task.hyperparameters(step)).loss
             task.scaler.scale(loss).backward()
             gradients = [
@@ -71,42 +68,37 @@ def replay(run: Path) -> list[dict]:
 
 
 def _open(run: Path) -> Task:
-    """The run's task for this one process, with as many micro-batches as all ranks had."""
-    facts = json.loads((run / "run.json").read_text())
-    config_class, task_class = KINDS[facts.get("kind", "pretraining")]
-    config = read_config(config_class, run / "config.yaml")
-    micro_batches = facts["global_batch"] // config.optim.batch_size_per_gpu
+    """The run's task in this one process, with as many micro-batches as all ranks had."""
+    config = read_run(run)
+    global_batch = read_json(run / "run.json")["global_batch"]
+    micro_batches = global_batch // config.optim.batch_size_per_gpu
     optim = dataclasses.replace(config.optim, accumulation_steps=micro_batches)
-    return task_class(
-        dataclasses.replace(config, optim=optim), distributed.setup(config.run.device)
-    )
+    config = dataclasses.replace(config, optim=optim)
+    task = Pretraining if isinstance(config, TrainConfig) else Finetuning
+    return task(config, distributed.setup(config.run.device))
 
 
 @contextmanager
-def _first_not_finite(model: nn.Module) -> Iterator[list[str]]:
-    """Names of modules whose output is not finite, in the order in which they were called."""
-    names: list[str] = []
+def _not_finite(model: nn.Module) -> Iterator[list[str]]:
+    """Names of the modules whose output is not finite, in the order of the calls."""
+    names = {module: name for name, module in model.named_modules()}
+    found: list[str] = []
 
-    def note(name: str) -> Callable:
-        def hook(module: nn.Module, inputs: tuple, output: object) -> None:
-            outputs = output if isinstance(output, tuple) else (output,)
-            if any(torch.is_tensor(o) and not o.isfinite().all() for o in outputs):
-                names.append(name)
+    def note(module: nn.Module, inputs: tuple, output: object) -> None:
+        outputs = output if isinstance(output, tuple) else (output,)
+        finite = all(o.isfinite().all() for o in outputs if torch.is_tensor(o))
+        if not finite and names.get(module):
+            found.append(names[module])
 
-        return hook
-
-    handles = [
-        module.register_forward_hook(note(name)) for name, module in model.named_modules() if name
-    ]
+    handle = register_module_forward_hook(note)
     try:
-        yield names
+        yield found
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Print what was not finite."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command `ssl-xcit replay`."""
     parser = argparse.ArgumentParser(prog="ssl-xcit replay", description=__doc__)
     parser.add_argument("run", type=Path, help="run folder")
     arguments = parser.parse_args(argv)
@@ -120,7 +112,3 @@ def main(argv: list[str] | None = None) -> None:
                 + (f" (first {gradients[0]})" if gradients else "")
                 + f"; images {', '.join(map(str, result['images']))}"
             )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,14 +1,14 @@
-"""A list of all runs below a folder: `ssl-xcit runs runs`.
+"""A table of all runs below a folder, `ssl-xcit runs FOLDER`, and one run's verdict.
 
-A row for each: the values that a sweep gave it, its state, epoch and finished steps by the newest
-row of metrics.jsonl, the loss there, the newest k-NN top-1 in percent (of the cls token: by
-eval/knn.json, the best k; else by the probe), how long ago something was logged, and for a
-pretraining the verdict (`ssl-xcit verdict RUN` has the reasons). The states:
+The table has one row per run: the values that a sweep gave it, its state, epoch, steps and loss by
+the last row of metrics.jsonl, the k-NN top-1 of the cls token in percent (the best k of
+eval/knn.json, else the last probe), the time since the last row, and the verdict on a pretraining.
+The states:
 
-    pending, running, ...   what SLURM says of the run's job
+    pending, running, ...   SLURM's state of the run's job
     finished                all epochs are done
-    unfinished              no job, and epochs left: the same command continues
-    not started             no job, and nothing logged
+    unfinished              no job, epochs left: the same command continues the run
+    not started             no job, no rows
 """
 
 import argparse
@@ -21,56 +21,90 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ssl_xcit.dino.config import TrainConfig
-from ssl_xcit.dino.verdict import read_rows, read_verdict
+from ssl_xcit.dino.verdict import verdict
 from ssl_xcit.finetune.config import FinetuneConfig
 from ssl_xcit.runtime import options
+from ssl_xcit.runtime.config import read_config
 from ssl_xcit.runtime.errors import UserError, exit_on_user_error
+from ssl_xcit.runtime.files import read_metrics
+from ssl_xcit.training.verdict import Verdict
 
-# Folders that hold no run but many files
-NO_RUNS = {"checkpoints", "slurm", "bad_step"}
+Config = TrainConfig | FinetuneConfig
+SKIPPED = {"checkpoints", "slurm", "bad_step"}  # folders with many files and no runs
+COLUMNS = ("state", "epoch", "steps", "loss", "k-NN", "logged", "verdict")
 
 
 def find_runs(root: Path) -> Iterator[Path]:
-    """All run folders at or below `root`, also those whose job has not started, by name."""
+    """All run folders at or below `root` by name, with those whose job has not started."""
     for folder, names, files in os.walk(root):
         path = Path(folder)
         if "run.json" in files or (path / "slurm/submission.json").exists():
             yield path
-        names[:] = sorted(set(names) - NO_RUNS)
+        names[:] = sorted(set(names) - SKIPPED)
+
+
+def read_run(run: Path) -> Config:
+    """The configuration of a run folder. Raises UserError if it is not one."""
+    if not (run / "config.yaml").is_file() or not (run / "run.json").is_file():
+        raise UserError(f"{run} is not a run folder: expected config.yaml and run.json in it")
+    fine_tuning = read_json(run / "run.json").get("kind") == "fine-tuning"
+    return read_config(FinetuneConfig if fine_tuning else TrainConfig, run / "config.yaml")
+
+
+def read_verdict(run: Path) -> Verdict:
+    """The verdict on a run folder. Raises UserError if it is not that of a pretraining."""
+    config = read_run(run)
+    if not isinstance(config, TrainConfig):
+        raise UserError(f"{run}: expected the run folder of a pretraining, got a fine-tuning's")
+    return verdict(read_metrics(run / "metrics.jsonl"), config)
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file; {} if the file is missing, incomplete or something else."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def swept_values(run: Path) -> dict[str, str]:
+    """Setting -> value, as its sweep set it."""
+    values = read_json(run / "slurm/submission.json").get("sweep", {})
+    return {name: options.as_text(value) for name, value in values.items()}
 
 
 def describe_run(run: Path, states: dict[str, str]) -> dict[str, str]:
-    """Column -> text; `states`: of the jobs that SLURM knows, by id."""
-    submission = read_json(run / "slurm/submission.json")
-    values = submission.get("sweep", {})
-    swept = {name: options.as_text(value) for name, value in values.items()}
-    log, epochs = run / "metrics.jsonl", _epochs(run)
-    rows = read_rows(log)
-    found = dict.fromkeys(("epoch", "steps", "loss", "k-NN", "logged", "verdict"), "")
+    """A text for each of COLUMNS. `states`: SLURM's state of each job, by id."""
+    config = read_run(run) if (run / "config.yaml").exists() else None
+    log = run / "metrics.jsonl"
+    rows = read_metrics(log)
+    found = dict.fromkeys(COLUMNS, "")
     if rows:
         last = rows[-1]
         loss = last.get("train/loss")
-        found["epoch"] = f"{last['epoch'] + 1}/{epochs or '?'}"
+        found["epoch"] = f"{last['epoch'] + 1}/{config.optim.epochs if config else '?'}"
         found["steps"] = str(last["step"] + 1)
         found["loss"] = "not finite" if loss is None else f"{loss:.4f}"
         found["logged"] = f"{_duration(time.time() - log.stat().st_mtime)} ago"
-        if not _fine_tunes(run):
-            found["verdict"] = read_verdict(run).name
+        if isinstance(config, TrainConfig):
+            found["verdict"] = verdict(rows, config).name
     probed = [row["probe/top1_cls"] for row in rows if "probe/top1_cls" in row]
     evaluated = [row["top1"] for row in read_json(run / "eval/knn.json").get("accuracy", [])]
     if evaluated or probed:
         found["k-NN"] = f"{max(evaluated) if evaluated else probed[-1]:.2f}"
-    if submission.get("job") in states:
-        state = states[submission["job"]].lower()
-    elif epochs and _finished_epochs(run) >= epochs:
-        state = "finished"
+    job = read_json(run / "slurm/submission.json").get("job")
+    if job in states:
+        found["state"] = states[job].lower()
+    elif config and _finished_epochs(run) >= config.optim.epochs:
+        found["state"] = "finished"
     else:
-        state = "unfinished" if rows else "not started"
-    return swept | {"state": state} | found
+        found["state"] = "unfinished" if rows else "not started"
+    return found
 
 
 def list_runs(root: Path) -> str:
-    """The table. Raises UserError where there is no run."""
+    """The table. Raises UserError if there is no run."""
     runs = list(find_runs(root))
     if not runs:
         raise UserError(f"no run folder at or below {root}")
@@ -78,10 +112,9 @@ def list_runs(root: Path) -> str:
     rows = []
     for run in runs:
         name = str(run.relative_to(root)) if run != root else run.name
-        rows.append({"run": name} | describe_run(run, states))
-    # Columns of one run, then of all: a sweep's values come between name and state
-    swept = dict.fromkeys(key for row in rows for key in list(row)[1 : list(row).index("state")])
-    columns = ["run", *swept, *list(rows[0])[list(rows[0]).index("state") :]]
+        rows.append({"run": name} | swept_values(run) | describe_run(run, states))
+    swept = dict.fromkeys(key for row in rows for key in row if key not in ("run", *COLUMNS))
+    columns = ("run", *swept, *COLUMNS)
     table = [columns, *([row.get(column, "") for column in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return "\n".join(
@@ -91,24 +124,12 @@ def list_runs(root: Path) -> str:
 
 
 def job_states() -> dict[str, str]:
-    """State by id of the jobs that are in SLURM's queue, array members as "12_3"; {} without it."""
+    """The state of each job in SLURM's queue by id, "12_3" for array members; {} without SLURM."""
     if shutil.which("squeue") is None:
         return {}
     command = ["squeue", "--noheader", "--array", "--format", "%i %T"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     return dict(line.split(maxsplit=1) for line in found.stdout.splitlines())
-
-
-def _epochs(run: Path) -> int | None:
-    """Epochs that the run is to have."""
-    if not (run / "config.yaml").exists():
-        return None
-    cls = FinetuneConfig if _fine_tunes(run) else TrainConfig
-    return options.read_file(cls, run / "config.yaml").get("optim.epochs")
-
-
-def _fine_tunes(run: Path) -> bool:
-    return read_json(run / "run.json").get("kind") == "fine-tuning"
 
 
 def _finished_epochs(run: Path) -> int:
@@ -117,29 +138,26 @@ def _finished_epochs(run: Path) -> int:
     return max((document.get("epoch", 0) for document in documents), default=0)
 
 
-def read_json(path: Path) -> dict:
-    """What the file says; {} if there is none, none yet, or no JSON object in it."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _duration(seconds: float) -> str:
-    """In the largest unit that it fills: "3 h"."""
+    """In the largest unit that fits, rounded down: "3 h"."""
     units = [("d", 86_400), ("h", 3_600), ("min", 60)]
     unit, length = next(((u, n) for u, n in units if seconds >= n), ("s", 1))
     return f"{int(seconds // length)} {unit}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(prog="ssl-xcit runs", description="List all runs.")
-    parser.add_argument("folder", type=Path, help="of run folders, or a run folder")
+    """The command `ssl-xcit runs`."""
+    parser = argparse.ArgumentParser(prog="ssl-xcit runs", description="List the runs in a folder.")
+    parser.add_argument("folder", type=Path, help="folder of run folders, or one run folder")
     with exit_on_user_error():
         print(list_runs(parser.parse_args(argv).folder))
 
 
-if __name__ == "__main__":
-    main()
+def verdict_main(argv: Sequence[str] | None = None) -> None:
+    """The command `ssl-xcit verdict`."""
+    parser = argparse.ArgumentParser(
+        prog="ssl-xcit verdict", description="Say in words whether a pretraining works."
+    )
+    parser.add_argument("run", type=Path, help="run folder")
+    with exit_on_user_error():
+        print(read_verdict(parser.parse_args(argv).run).text)

@@ -1,23 +1,19 @@
-"""How a report looks: the style sheet and the script of its one page, see `ssl_xcit.report.page`.
+"""The style sheet and the script of a report, see `ssl_xcit.report.page`.
 
-System fonts, light and dark as the reader's system is, from phones to wide screens, and print. The
-script only lets a pointer read values off the charts; the page is complete without it.
+System fonts, light or dark as the reader's system is, from phones to wide screens and print. The
+script shows the values under the pointer; the page is complete without it.
 """
 
 STYLE = """
 :root {
   color-scheme: light dark;
-  --paper: #ffffff; --ink: #1c1d1f; --soft: #5b5e64; --rule: #dddee0; --wash: #f4f4f2;
-  --s0: #1a5fb4; --s1: #b8500f; --good: #17703c; --bad: #b3261e; --wait: #5b5e64;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --paper: #151618; --ink: #e9e9e7; --soft: #a4a7ad; --rule: #34373c; --wash: #1e2023;
-    --s0: #82b4ff; --s1: #f2a56b; --good: #74d19b; --bad: #ff9188; --wait: #a4a7ad;
-  }
+  --paper: light-dark(#fff, #151618); --ink: light-dark(#1c1d1f, #e9e9e7);
+  --soft: light-dark(#5b5e64, #a4a7ad); --rule: light-dark(#dddee0, #34373c);
+  --wash: light-dark(#f4f4f2, #1e2023);
+  --s0: light-dark(#1a5fb4, #82b4ff); --s1: light-dark(#b8500f, #f2a56b);
+  --good: light-dark(#17703c, #74d19b); --bad: light-dark(#b3261e, #ff9188);
 }
 * { box-sizing: border-box; }
-html { -webkit-text-size-adjust: 100%; }
 body {
   margin: 0 auto; max-width: 78rem; padding: clamp(1.25rem, 4vw, 3.5rem) clamp(1rem, 4vw, 3rem);
   background: var(--paper); color: var(--ink);
@@ -25,115 +21,92 @@ body {
   font-variant-numeric: tabular-nums; overflow-wrap: anywhere;
 }
 h1, h2, h3, h4, p, dl, dd, figure { margin: 0; }
-h1 { font-size: 1.375rem; font-weight: 650; line-height: 1.25; }
-h2 { font-size: 1.375rem; font-weight: 650; line-height: 1.25; margin-bottom: .35rem; }
+h1, h2 { font-size: 1.375rem; font-weight: 650; line-height: 1.25; }
+h2 { margin-bottom: .35rem; }
 h3 { font-size: 1rem; font-weight: 650; margin: 1.75rem 0 .75rem; }
-h4 { font-size: .9375rem; font-weight: 600; }
+h4 { font-size: .9375rem; font-weight: 600; color: var(--ink); }
 code, pre { font-family: ui-monospace, "SF Mono", "DejaVu Sans Mono", Menlo, Consolas, monospace;
   font-size: .875em; }
-.soft, .note, .lead { color: var(--soft); }
+.soft, .note, .lead, .facts, dt, figcaption, footer { color: var(--soft); }
+.numbers dt, .settings, .settings h3, .places, footer { font-size: .875rem; }
+.note, .readout, .gallery figcaption { font-size: .8125rem; line-height: 1.4; }
 .lead { max-width: 44rem; margin-bottom: 1.25rem; }
 section { margin-top: clamp(2.25rem, 5vw, 3.5rem); padding-top: 1.25rem;
   border-top: 1px solid var(--rule); }
-.facts { display: flex; flex-wrap: wrap; gap: .1rem 1.25rem; margin-top: .35rem;
-  color: var(--soft); }
+.facts { display: flex; flex-wrap: wrap; gap: .1rem 1.25rem; margin-top: .35rem; }
+.numbers, .charts, .gallery, .places { display: grid; gap: 2rem 2.25rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--least)), 1fr)); }
 
 .verdict { border-top: 0; padding-top: 0; margin-top: clamp(1.75rem, 4vw, 2.75rem); }
-.verdict .name { font-size: clamp(2.25rem, 7vw, 3.75rem); font-weight: 680; line-height: 1.08;
-  letter-spacing: -.022em; }
-.verdict .sentence { font-size: 1.1875rem; line-height: 1.45; max-width: 46rem;
-  margin-top: .75rem; }
+.verdict .name { font-size: clamp(2.25rem, 7vw, 3.75rem); font-weight: 680; line-height: 1.08; }
+.verdict .sentence { font-size: 1.1875rem; max-width: 46rem; margin-top: .75rem; }
 .good .name { color: var(--good); } .bad .name { color: var(--bad); }
-.wait .name { color: var(--ink); }
 .verdict dl { display: grid; grid-template-columns: max-content 1fr; gap: .35rem 1rem;
   max-width: 46rem; margin-top: 1.25rem; }
-.verdict dt { color: var(--soft); }
-
-.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 8.5rem), 1fr));
-  gap: 1.25rem 1.5rem; margin-top: clamp(1.75rem, 4vw, 2.5rem); }
+.numbers { --least: 8.5rem; margin-top: clamp(1.75rem, 4vw, 2.5rem); }
 .numbers div { display: flex; flex-direction: column-reverse; justify-content: flex-end; }
-.numbers dt { color: var(--soft); font-size: .875rem; line-height: 1.35; }
-.numbers dd { font-size: 1.625rem; font-weight: 600; line-height: 1.25; letter-spacing: -.01em; }
+.numbers dd { font-size: 1.625rem; font-weight: 600; line-height: 1.25; }
 
-.charts { display: grid; gap: 2rem 2.25rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 20.5rem), 1fr)); }
-.chart figcaption { display: flex; flex-wrap: wrap; justify-content: space-between;
-  align-items: baseline; gap: 0 1rem; }
-.readout { display: flex; flex-wrap: wrap; gap: 0 .85rem; font-size: .8125rem;
-  color: var(--soft); }
+.charts { --least: 20.5rem; }
+.s0 { --line: var(--s0); } .s1 { --line: var(--s1); }
+.chart figcaption, .readout { display: flex; flex-wrap: wrap; justify-content: space-between;
+  align-items: baseline; gap: 0 .85rem; }
 .readout b { color: var(--ink); font-weight: 600; }
 .readout i { display: inline-block; width: .75rem; height: .1875rem; margin-right: .3rem;
-  vertical-align: .22rem; background: currentColor; }
-.readout .s0 i { color: var(--s0); } .readout .s1 i { color: var(--s1); }
-.chart svg { display: block; width: 100%; height: auto; margin: .35rem 0 .25rem;
-  touch-action: pan-y; overflow: visible; }
-.note { font-size: .8125rem; line-height: 1.4; }
+  vertical-align: .22rem; background: var(--line); }
+svg { display: block; width: 100%; margin: .35rem 0 .25rem; touch-action: pan-y;
+  overflow: visible; }
 svg text { font-size: 11px; fill: var(--soft); }
-svg text.y { text-anchor: end; }
-svg text.level { text-anchor: end; paint-order: stroke; stroke: var(--paper);
-  stroke-width: 4px; stroke-linejoin: round; }
+svg .y, svg text.level { text-anchor: end; }
+svg text.level { paint-order: stroke; stroke: var(--paper); stroke-width: 4px; }
 svg .frame { fill: none; }
 svg .grid { stroke: var(--rule); }
-svg .floor { stroke: var(--soft); }
-svg line.level { stroke: var(--soft); stroke-dasharray: 3 3; }
-svg .line { fill: none; stroke-width: 1.75; stroke-linejoin: round; }
-svg .line.s0 { stroke: var(--s0); } svg .line.s1 { stroke: var(--s1); }
-svg .band { opacity: .18; }
-svg .band.s0, svg .dot.s0 { fill: var(--s0); } svg .band.s1, svg .dot.s1 { fill: var(--s1); }
-svg .at { stroke: var(--soft); }
+svg .floor, svg .at, svg line.level { stroke: var(--soft); }
+svg line.level { stroke-dasharray: 3 3; }
+svg .line { fill: none; stroke: var(--line); stroke-width: 1.75; stroke-linejoin: round; }
+svg .band { fill: var(--line); opacity: .18; }
+svg .dot { fill: var(--line); }
 
 img { display: block; width: 100%; height: auto; background: var(--wash); }
 img.pixels { image-rendering: pixelated; }
-.looks, .queries { display: grid; gap: 2rem 2.25rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 31rem), 1fr)); }
-.looks.many { grid-template-columns: 1fr; }
+.gallery { --least: 31rem; }
+.gallery.wide { --least: 100%; }
+.gallery figcaption { margin: .25rem 0; }
 .row { display: grid; gap: .6rem .5rem; align-items: start;
-  grid-template-columns: repeat(var(--wide), minmax(0, 1fr)); }
-.queries img { aspect-ratio: 1; object-fit: cover; }
-.row figcaption { font-size: .8125rem; line-height: 1.3; margin-top: .25rem;
-  color: var(--soft); }
-.row .first figcaption { color: var(--ink); font-weight: 600; }
-.row .other img { outline: 2px solid var(--bad); outline-offset: -2px; }
-.views { display: grid; gap: 1.5rem 2.25rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 31rem), 1fr)); }
-.views.many { grid-template-columns: 1fr; }
+  grid-template-columns: repeat(var(--across), minmax(0, 1fr)); }
+.row :first-child figcaption { color: var(--ink); font-weight: 600; }
+.square img { aspect-ratio: 1; object-fit: cover; }
+.other img { outline: 2px solid var(--bad); outline-offset: -2px; }
 .strip { display: flex; flex-wrap: wrap; gap: .5rem; align-items: flex-end; }
-.strip figure { flex: none; max-width: 100%; }
-.strip figcaption { font-size: .8125rem; line-height: 1.3; margin-bottom: .25rem;
-  color: var(--soft); }
+.strip figure { max-width: 100%; width: calc(6.5rem * var(--width)); }
 
 table { border-collapse: collapse; width: 100%; font-size: .9375rem; }
 th { text-align: left; font-weight: 600; }
 th, td { padding: .4rem 1rem .4rem 0; border-bottom: 1px solid var(--rule);
   vertical-align: baseline; }
-.figure { text-align: right; padding-right: 0; padding-left: 1rem; white-space: nowrap; }
-td.best { font-weight: 600; }
+.figure { text-align: right; padding: .4rem 0 .4rem 1rem; white-space: nowrap; }
+.best { font-weight: 600; }
 
-.settings { columns: 21rem; column-gap: 2.25rem; font-size: .875rem; }
+.settings { columns: 21rem; column-gap: 2.25rem; }
 .settings div { break-inside: avoid; margin-bottom: 1.25rem; }
-.settings h3 { margin: 0 0 .25rem; font-size: .875rem; }
-.settings dl { display: grid; grid-template-columns: minmax(0, 11rem) minmax(0, 1fr);
-  gap: 0 .75rem; }
-.settings dt { color: var(--soft); }
-.places { display: grid; gap: .75rem 1.5rem; font-size: .875rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 11rem), 1fr)); }
-.places dt { color: var(--soft); }
-pre { margin: 0 0 1.25rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+.settings h3 { margin: 0 0 .25rem; }
+.settings dl { display: grid; gap: 0 .75rem;
+  grid-template-columns: minmax(0, 11rem) minmax(0, 1fr); }
+.settings .own { font-weight: 650; }
+.places { --least: 11rem; gap: .75rem 1.5rem; }
+pre { margin: 0 0 1.25rem; white-space: pre-wrap; }
 pre span { white-space: nowrap; }
-.settings .own { font-weight: 650; color: var(--ink); }
-footer { margin-top: 3rem; color: var(--soft); font-size: .875rem; }
+footer { margin-top: 3rem; }
 
 @media (max-width: 34rem) {
-  .row { grid-template-columns: repeat(var(--narrow), minmax(0, 1fr)); }
-  th, td { padding-right: .5rem; }
-  .figure { padding-left: .25rem; padding-right: 0; }
+  .row { grid-template-columns: repeat(3, minmax(0, 1fr)); }
+  th, td, .figure { padding: .4rem .25rem .4rem 0; }
   .where { display: none; }
   .verdict dl { grid-template-columns: 1fr; gap: 0; }
   .verdict dt { margin-top: .75rem; }
 }
 @media print {
-  :root { --paper: #fff; --ink: #000; --soft: #444; --rule: #ccc; --wash: #fff;
-    --s0: #1a5fb4; --s1: #b8500f; --good: #17703c; --bad: #b3261e; --wait: #444; }
+  :root { color-scheme: light; }
   body { max-width: none; padding: 0; font-size: 10pt;
     -webkit-print-color-adjust: exact; print-color-adjust: exact; }
   figure, .row, .strip, tr, .settings div { break-inside: avoid; }

@@ -1,6 +1,7 @@
-"""Files that appear complete or not at all."""
+"""Files that appear complete or not at all, and logs that may end in the middle of a line."""
 
 import fcntl
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,3 +80,14 @@ def _is_ours(file: BinaryIO, path: Path) -> bool:
     except OSError:
         return True  # some cluster file systems have no locks
     return path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl, [] if there is no file; a line cut off by a kill is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows

@@ -1,4 +1,4 @@
-"""The command `submit`: of a pretraining, and with `eval NAME` of an evaluation."""
+"""The command `submit`: a pretraining, or with `eval NAME` an evaluation."""
 
 import importlib
 import sys
@@ -14,7 +14,7 @@ SUBMIT = "ssl_xcit.slurm.submit"  # needs submitit, which takes a while to impor
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Submit what the command line says."""
+    """Submit a pretraining, or what follows "eval"."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["eval"]:
         submit_evaluation(words[1:])
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def submit_evaluation(argv: Sequence[str]) -> None:
-    """Submit an evaluation; argv is what follows "eval"."""
+    """Submit an evaluation; `argv`: its name, its options and the job's."""
     with exit_on_user_error():
         name, *arguments = argv or [""]
         script = find_script(name)

@@ -15,47 +15,47 @@ class SlurmConfig:
     cluster: Literal["slurm", "local", "debug"] = "slurm"
     """slurm; local = processes on this machine; debug = this very process."""
     dry_run: bool = False
-    """Print the script that sbatch would be given and every setting; submit nothing."""
+    """Print the script for sbatch and every setting; submit nothing."""
     runs: str = "runs"
-    """Folder of run folders where --out does not say otherwise; all machines must share it."""
+    """Folder of the run folders without --out; on a disk that all machines share."""
     images: str = ""
-    """The .beton to pretrain on where --data does not say otherwise."""
+    """The .beton to pretrain on without --data."""
     partition: str = ""
-    """Partition; by default the cluster's own choice, as for the next three."""
+    """Partition. Empty: the cluster's default, as for the next three."""
     account: str = ""
-    """Account that pays."""
+    """Account to charge."""
     qos: str = ""
     """Quality of service."""
     constraint: str = ""
-    """Kind of node."""
+    """Features that the nodes must have."""
     nodes: int = 1
-    """Machines."""
+    """Number of machines."""
     gpus_per_node: int = 8
-    """GPUs per machine, one process for each; 0 = on the CPU."""
+    """GPUs per machine, with one process each; 0 = train on the CPU."""
     tasks_per_node: int = 0
-    """Processes per machine; 0 = one for each GPU, or one on the CPU."""
+    """Processes per machine; 0 = one per GPU, or one on the CPU."""
     cpus_per_task: int = 10
     """Cores per process."""
     mem: float = 0.0
     """Memory per machine, GiB; 0 = the cluster's default."""
     time: float = 48.0
-    """Time limit, hours; a job that reaches it saves, is queued again and goes on."""
+    """Time limit, hours; a job that reaches it saves, is requeued and continues."""
     signal_delay: int = 120
-    """Seconds before the limit at which the job is told to save and stop: a step and a save."""
+    """Seconds before the time limit at which the job must stop: enough for a step and a save."""
     max_idle_attempts: int = 10
-    """Attempts in a row that may begin at the same step; then the job gives up."""
+    """Give up after this many attempts in a row that begin at the same step."""
     additional: str = ""
-    """Any other option of sbatch, as "nodelist=n[1-4] exclusive"."""
+    """Other options of sbatch, such as "nodelist=n[1-4] exclusive"."""
     setup: str = ""
-    """Lines of shell before the job's processes start, such as "module load cuda"."""
+    """Shell commands before the job's processes start, such as "module load cuda"."""
     eval: tuple[str, ...] = ()
-    """Evaluations to submit, too, once the training has ended: knn, linear, finetune."""
+    """Evaluations to run after the training: knn, linear, finetune."""
     eval_train: str = ""
-    """Labelled images to learn from in these; by default --probe_train."""
+    """Their labelled training images; by default --probe_train."""
     eval_test: str = ""
-    """Labelled images to classify in these; by default --probe_test."""
+    """Their labelled test images; by default --probe_test."""
     sweep: tuple[str, ...] = ()
-    """A job for each combination, as "optim.lr=2.5e-4,5e-4 seed=0,1"; --out holds their folders."""
+    """A job per combination, such as "optim.lr=2.5e-4,5e-4 seed=0,1"; run folders are in --out."""
 
     def __post_init__(self) -> None:
         check(self, ">= 1", "nodes", "cpus_per_task", "max_idle_attempts")
@@ -72,18 +72,18 @@ class SlurmConfig:
 
 @dataclass(frozen=True)
 class SubmitConfig(TrainConfig):
-    """Submit the pretraining of an XCiT to SLURM; every option of main_dino.py, and the job's."""
+    """Submit a pretraining to SLURM, with every option of main_dino.py and those of the job."""
 
     data: str = ""
-    """The .beton file with the images, by default that of configs/slurm.yaml."""
+    """The .beton file with the images; by default images in configs/slurm.yaml."""
     out: str = ""
-    """The run folder, by default RUNS/ARCH; the same command again continues the run in it."""
+    """The run folder, by default RUNS/ARCH; the same command again continues its run."""
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
 
 @dataclass(frozen=True)
 class EvaluationJobConfig:
-    """Submit an evaluation to SLURM: launch/submit.py eval NAME, every option of eval/NAME.py, and
-    the job's, which are:"""
+    """Submit an evaluation to SLURM: launch/submit.py eval NAME, with every option of eval/NAME.py
+    and the job's, which are:"""
 
     slurm: SlurmConfig = field(default_factory=SlurmConfig)

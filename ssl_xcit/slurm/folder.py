@@ -1,7 +1,7 @@
 """The folder of a job: slurm/ in its run folder.
 
-There are the job's logs and submitit's files, a description of the submission (submission.json) and
-a copy of the program, code_N, which the job will run whatever happens to the original meanwhile.
+It holds the job's logs, submitit's files, a description of the submission (submission.json) and a
+copy of the program, code_N, which the job runs even if the original changes meanwhile.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ssl_xcit.dino.config import TrainConfig
+from ssl_xcit.report.runs import job_states, read_json
 from ssl_xcit.runtime.config import config_differences, read_config
 from ssl_xcit.runtime.errors import UserError
 from ssl_xcit.runtime.files import write_text
@@ -28,7 +29,7 @@ IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs"}  # file systems that no other machine
 
 
 def check_run_folder(train: TrainConfig) -> None:
-    """Raise UserError if the folder is another run's, or of a job that has not ended."""
+    """Raise UserError if the folder belongs to another run, or to a job that has not ended."""
     out = Path(train.out)
     if (out / "config.yaml").exists():
         differences = config_differences(read_config(TrainConfig, out / "config.yaml"), train)
@@ -37,30 +38,25 @@ def check_run_folder(train: TrainConfig) -> None:
                 f"{out} belongs to a run with another configuration ({'; '.join(differences)}); "
                 "choose another --out, or repeat the run's own settings to continue it"
             )
-    described = out / "slurm/submission.json"
-    if described.exists() and shutil.which("squeue"):
-        job = json.loads(described.read_text())["job"]
-        command = ["squeue", "--noheader", "--jobs", job, "--format", "%T"]
-        found = subprocess.run(command, capture_output=True, text=True, check=False)
-        if found.stdout.strip():
-            raise UserError(
-                f"{out} is the folder of job {job}, which is {found.stdout.split()[0]}: scancel "
-                f"{job} first, or choose another --out"
-            )
+    job = read_json(out / "slurm/submission.json").get("job")
+    if job and (state := job_states().get(job)):
+        raise UserError(
+            f"{out} is the folder of job {job}, which is {state}: scancel {job} first, or choose "
+            "another --out"
+        )
 
 
 @contextlib.contextmanager
-def job_folder(out: Path, slurm: SlurmConfig) -> Iterator[str]:
-    """Around a submission: a copy of the program in out/slurm, whose path is given.
+def job_folder(out: Path, slurm: SlurmConfig, code: str) -> Iterator[None]:
+    """Around a submission: makes out/slurm, and a copy of the program in `code` unless it is "".
 
-    When the submission fails nothing is left. Raises UserError if there can be none.
+    Removes both if the submission fails. Raises UserError if it cannot succeed.
     """
     if slurm.cluster == "slurm" and shutil.which("sbatch") is None:
         raise UserError(
             "no sbatch on this machine: go where SLURM jobs are submitted, or --cluster local"
         )
     made = [path for path in (out / "slurm", *(out / "slurm").parents) if not path.exists()]
-    code = next_code(out, slurm)
     try:
         try:
             (out / "slurm").mkdir(parents=True, exist_ok=True)
@@ -72,22 +68,22 @@ def job_folder(out: Path, slurm: SlurmConfig) -> Iterator[str]:
             raise UserError(
                 f"cannot write {out}: {error.strerror}; choose another --out"
             ) from error
-        yield code
+        yield
     except BaseException:
         if code:
             shutil.rmtree(code, ignore_errors=True)
-        # What submitit has prepared, under names that are not yet a job's
+        # What submitit has prepared: its names do not hold a job's id yet
         for leftover in (out / "slurm").glob("*"):
             if leftover.name.startswith(".submission_file_") or len(leftover.stem) == 32:
                 leftover.unlink()
         for path in made:
-            with contextlib.suppress(OSError):  # it has become somebody else's, too
+            with contextlib.suppress(OSError):  # something else lies in it by now
                 path.rmdir()
         raise
 
 
 def next_code(out: Path, slurm: SlurmConfig) -> str:
-    """Where the copy of the program goes; "" for none, where the job is this very process."""
+    """Path of the copy of the program; "" on the cluster "debug", whose job is this process."""
     if slurm.cluster == "debug":
         return ""
     folder = out.absolute() / "slurm"
@@ -95,17 +91,12 @@ def next_code(out: Path, slurm: SlurmConfig) -> str:
 
 
 def freeze(code: Path) -> None:
-    """Copy the program to `code`, with what numba has compiled, but nothing else derived."""
-
-    def derived(folder: str, names: list[str]) -> list[str]:
-        if Path(folder).name == "__pycache__":
-            return [name for name in names if not name.endswith((".nbi", ".nbc"))]
-        return []
-
+    """Copy the program to `code`, with numba's compiled code but no other derived files."""
     code.mkdir(parents=True)
     for name in PROGRAM:
         if (ROOT / name).is_dir():
-            # numba's files are valid for a source of the same time of change, which is copied
+            # copytree keeps modification times, by which numba recognises its sources
+            derived = shutil.ignore_patterns("*.pyc*")
             shutil.copytree(ROOT / name, code / name, ignore=derived)
         else:
             shutil.copy2(ROOT / name, code / name)
@@ -113,7 +104,7 @@ def freeze(code: Path) -> None:
 
 
 def _check_shared(out: Path) -> None:
-    """Raise UserError if the folder is in this machine's memory and the cluster has others."""
+    """Raise UserError if the folder is in this machine's memory and the cluster has more nodes."""
     mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
     above = {str(path) for path in (out.resolve(), *out.resolve().parents)}
     _, mount, kind, *_ = max((m for m in mounts if m[1] in above), key=lambda m: len(m[1]))
@@ -123,18 +114,17 @@ def _check_shared(out: Path) -> None:
     found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
     if set(found) - {socket.gethostname(), socket.gethostname().partition(".")[0]}:
         raise UserError(
-            f"{out} is in the memory of this machine ({kind} at {mount}), where the job's machines "
-            "do not see it: choose an --out, or slurm.runs in configs/slurm.yaml, on a shared disk"
+            f"{out} is in the memory of this machine ({kind} at {mount}), which the job's machines "
+            "cannot see: choose an --out, or slurm.runs in configs/slurm.yaml, on a shared disk"
         )
 
 
 def describe(folder: Path, job: str, cluster: str, code: str, facts: dict) -> None:
     """Write submission.json."""
-    submitted = datetime.now(UTC).isoformat(timespec="seconds")
     document = {
         "job": job,
         "cluster": cluster,
-        "submitted": submitted,
+        "submitted": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
         "code": code,
         "commit": commit() or "",

@@ -1,8 +1,8 @@
 """What each process of a SLURM job runs: a pretraining, or a script of eval/.
 
-A job may end before its work does: a preemption, the time limit, a lost node. Then the work is done
-by the next attempt at the same job, which finds on the disk how far the last one came. For that the
-first two need that somebody queues the job again; nodes that are lost SLURM replaces by itself.
+A preemption, the time limit or a lost node may end a job before its work is done. The next attempt
+at the same job continues from what the last one saved. After a preemption or at the time limit the
+job requeues itself (`_leave`); after the loss of a node SLURM requeues it.
 """
 
 import json
@@ -23,15 +23,14 @@ from ssl_xcit.runtime.errors import UserError, exit_on_user_error
 from ssl_xcit.runtime.signals import SIGNALS, Stopped, StopSignals
 
 ROOT = Path(__file__).resolve().parents[2]
-RUN_AGAIN = 144  # the status by which a job of submitit's local cluster asks for it
+RUN_AGAIN = 144  # exit status by which a job on submitit's local cluster asks to run again
 
 
 @dataclass(frozen=True)
 class Job:
-    """The work, and where it lies.
+    """The work of a job. submitit pickles it into the job's folder and calls it in each process.
 
-    submitit pickles it into the job's folder and calls it in each process. `code`: the copy of the
-    program that the job was submitted with; "" for whatever is imported. `out`: the run folder.
+    `code`: the copy of the program to run; "" for whatever is imported. `out`: the run folder.
     """
 
     code: str
@@ -39,14 +38,14 @@ class Job:
     max_idle_attempts: int
 
     def work(self) -> None:
-        """Do it, or go on with it; `Stopped` leaves it for another attempt."""
+        """Begin or continue; raises `Stopped` if another attempt has to continue."""
         raise NotImplementedError
 
     def __call__(self) -> None:
-        """Do the work, then end; or queue the job again, when a signal ended the work."""
+        """Do the work; if a signal ends it early, requeue the job."""
         if "SUBMITIT_EXECUTOR" in os.environ:
-            # submitit's handlers leave at once, unsaved, and count every signal of a short job as a
-            # time-out. Gone for good: further signals change nothing once ours are, too
+            # submitit's handlers exit without saving, and take every signal of a short job for a
+            # time-out. Ignored for good: signals after ours are gone must change nothing
             for number in SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
         try:
@@ -64,20 +63,20 @@ class Job:
                 "PYTHONPATH and PYTHONSAFEPATH as the submission sets them"
             )
         processor.prepare()
-        from ssl_xcit.runtime import distributed  # the submitting machine needs no torch
+        from ssl_xcit.runtime import distributed  # imports torch: a submission does without
 
         for name in (*distributed.TORCHRUN, "LOCAL_WORLD_SIZE"):
-            os.environ.pop(name, None)  # of whoever submitted
+            os.environ.pop(name, None)  # of the submitting process
         if distributed.find_place(os.environ).rank == 0:
             print(f"job {job_id()}, attempt {attempt()}: program in {ROOT}", flush=True)
             if os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
                 self._record()
 
     def _record(self) -> None:
-        """Note the attempt beside the logs. Raises UserError if many have come no step further.
+        """Record the attempt beside the logs. Raises UserError after many without a step.
 
         Whatever ends them (a signal before the first step, a node that reboots), more attempts
-        would only take the machines from others.
+        would only waste the machines.
         """
         path = Path(os.environ["SUBMITIT_FOLDER"]) / f"{job_id()}_attempts.jsonl"
         step = newest_step(Path(self.out))
@@ -105,7 +104,7 @@ class PretrainJob(Job):
     config: TrainConfig
 
     def work(self) -> None:
-        """Train in the run folder, which resumes."""
+        """Train in the run folder, or continue there."""
         from ssl_xcit.dino.train import train
 
         train(self.config)
@@ -119,14 +118,14 @@ class ScriptJob(Job):
     arguments: tuple[str, ...]
 
     def work(self) -> None:
-        """Run the script as its command would."""
+        """Run the script as on the command line."""
         path = str(ROOT / "eval" / f"{self.script}.py")
         sys.argv = [path, *self.arguments]
         runpy.run_path(path, run_name="__main__")
 
 
 def job_id() -> str:
-    """The job's id, of an array's member as "12_3"; "" outside of SLURM."""
+    """The job's id, "12_3" for array members; "" outside of a job."""
     environment = os.environ
     if "SLURM_ARRAY_JOB_ID" in environment:
         return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
@@ -134,38 +133,37 @@ def job_id() -> str:
 
 
 def attempt() -> int:
-    """How often the job has been queued again."""
+    """How many times the job has been requeued."""
     return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
 def newest_step(out: Path) -> int:
-    """Finished steps in the newest checkpoint of a run folder; 0 without any."""
+    """Finished steps in the newest checkpoint of a run folder; 0 without a checkpoint."""
     numbers = [path.name.removeprefix("step_") for path in out.glob("checkpoints/step_*")]
     return max((int(number) for number in numbers if number.isdigit()), default=0)
 
 
 def _leave(stopped: Stopped) -> NoReturn:
-    """End this process, all having been saved; rank 0 first has the job queued again.
+    """End this process, after saving; rank 0 first requeues the job.
 
-    Not if somebody cancelled it: SLURM sends the same signal then, but the job no longer counts as
-    running.
+    A cancelled job is not requeued: it gets the same signal, but SLURM no longer calls it running.
     """
     executor = os.environ.get("SUBMITIT_EXECUTOR")
     if executor == "local" and stopped.reason == "SIGUSR2":
         raise SystemExit(RUN_AGAIN)
     if executor == "slurm" and stopped.reason != "SIGINT":
         if os.environ["SLURM_PROCID"] != "0":
-            raise SystemExit(0)  # another status would end rank 0 too early
+            raise SystemExit(0)  # any other status makes srun kill rank 0 before it requeues
         state = _slurm("squeue", "--noheader", "--jobs", job_id(), "--format", "%T")
         if state == "RUNNING":
-            print(f"{stopped.reason}: job {job_id()} is queued again", flush=True)
+            print(f"{stopped.reason}: job {job_id()} is requeued", flush=True)
             _slurm("scontrol", "requeue", job_id())
         else:
-            print(f"{stopped.reason}: not queued again, the job is {state}", flush=True)
+            print(f"{stopped.reason}: not requeued, the job is {state}", flush=True)
     raise stopped
 
 
 def _slurm(*command: str) -> str:
-    """Run a command of SLURM's and return its output; its complaints go to the log."""
+    """Run a SLURM command and return its output; its errors go to the log."""
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=120, check=False)
     return done.stdout.strip()

@@ -1,6 +1,6 @@
-"""Submission of jobs to SLURM, through submitit (the only module that knows it).
+"""Submission of jobs to SLURM through submitit; no other module knows it.
 
-What the jobs do is in job.py, where they lie in folder.py.
+job.py is what the jobs do, folder.py where their files are.
 """
 
 import contextlib
@@ -26,9 +26,9 @@ from ssl_xcit.slurm.folder import check_run_folder, describe, job_folder, next_c
 from ssl_xcit.slurm.job import Job, PretrainJob, ScriptJob
 
 PLACEHOLDER = "PLACEHOLDER: no --data given, nor slurm.images in configs/slurm.yaml"
-Member = tuple[TrainConfig, dict[str, options.Value]]  # a run, and the values of its sweep
+Member = tuple[TrainConfig, dict[str, options.Value]]  # a run, and its values of the sweep
 
-# What an evaluation after a training is given, {run} being the run folder
+# Arguments of an evaluation that follows a training; {run} is the run folder
 AFTER_TRAINING = {
     "knn": "--checkpoint {run} --train {train} --test {test} --out {run}/eval/knn.json",
     "linear": "--checkpoint {run} --train {train} --test {test} --out {run}/eval/linear",
@@ -41,8 +41,8 @@ RESULT_FILES = {"knn": "knn.json", "supervised": "supervised.json"}  # the other
 class Submission:
     """Jobs that are submitted together: one, or the members of an array.
 
-    `folder` is where their logs, submitit's files and the copy of the program lie. `dependency` is
-    what they wait for, in SLURM's words.
+    `folder` takes their logs, submitit's files and the copy of the program. `dependency` is what
+    they wait for, in SLURM's words.
     """
 
     name: str
@@ -52,14 +52,14 @@ class Submission:
     dependency: str = ""
 
     def parameters(self) -> dict:
-        """The jobs in the words of submitit.AutoExecutor; None leaves a choice to the cluster."""
+        """The arguments of submitit.AutoExecutor; None leaves a choice to the cluster."""
         slurm = self.slurm
         setup = [
             # Since SLURM 22.05 srun does not inherit sbatch's cores: one core per process
             "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",
             *self.environment(),
         ]
-        # Where the cluster's default is not to queue again, a preempted job would be lost
+        # On clusters that do not requeue by default, a preempted job would be lost
         additional = {"requeue": True, **_additional(slurm.additional)}
         if self.dependency:
             additional["kill-on-invalid-dep"] = "yes"
@@ -84,10 +84,10 @@ class Submission:
         }
 
     def environment(self) -> list[str]:
-        """The user's shell lines, and such that make the job import the copy of the program.
+        """The user's lines of shell, and two that make the job import the copy of the program.
 
-        PYTHONSAFEPATH: or else `python -m` would first look into the working directory, which is
-        left as it was so that relative paths mean the same.
+        PYTHONSAFEPATH: otherwise `python -m` would look first into the working directory, which
+        stays the same so that relative paths keep their meaning.
         """
         code = shlex.quote(self.jobs[0].code)
         return [
@@ -97,18 +97,17 @@ class Submission:
         ]
 
     def script(self) -> str:
-        """What sbatch is given."""
-        executor = _OfflineExecutor(self.folder)
-        given = {key: value for key, value in self.parameters().items() if value is not None}
-        general = {key: given[key] for key in given if not key.startswith(("slurm_", "local_"))}
-        special = {k.removeprefix("slurm_"): v for k, v in given.items() if k.startswith("slurm_")}
-        executor.parameters = executor._convert_parameters(general) | special
+        """The script for sbatch; needs no SLURM."""
+        executor = submitit.AutoExecutor(self.folder, cluster="debug")
+        executor.cluster, executor._executor = "slurm", _OfflineExecutor(self.folder)
+        executor.update_parameters(**self.parameters())
+        offline = executor._executor
         if len(self.jobs) > 1:
-            executor.parameters["map_count"] = len(self.jobs)
-        return executor._make_submission_file_text(executor._submitit_command_str, "")
+            offline.parameters["map_count"] = len(self.jobs)
+        return offline._make_submission_file_text(offline._submitit_command_str, "")
 
     def submit(self) -> list[submitit.Job]:
-        """Submit them. Raises UserError when SLURM refuses."""
+        """Submit the jobs. Raises UserError if SLURM refuses them."""
         try:
             with _outside_of_any_job(), contextlib.redirect_stderr(io.StringIO()):
                 executor = submitit.AutoExecutor(self.folder, cluster=self.slurm.cluster)
@@ -120,7 +119,7 @@ class Submission:
 
 
 class _OfflineExecutor(submitit.SlurmExecutor):
-    """Knows what would be submitted, also on a machine without SLURM."""
+    """A SlurmExecutor that does not look for SLURM."""
 
     @classmethod
     def affinity(cls) -> int:
@@ -128,10 +127,10 @@ class _OfflineExecutor(submitit.SlurmExecutor):
 
 
 def submit(config: SubmitConfig) -> None:
-    """Submit `config` as one job, or a sweep as an array, and say how to follow it.
+    """Submit `config` as one job, or a sweep as an array, and print how to follow it.
 
-    Raises UserError for what can be known now: no data, no SLURM, a folder that cannot be written
-    or is not shared, that belongs to another configuration or to a job that has not ended, and
+    Raises UserError for what is known before it runs: missing data, no SLURM, a folder that cannot
+    be written, is not shared, or belongs to another configuration or a job that has not ended, and
     whatever SLURM refuses.
     """
     slurm = config.slurm
@@ -142,9 +141,12 @@ def submit(config: SubmitConfig) -> None:
     )
     out = Path(config.out)
     runs = _sweep(config) if slurm.sweep else [(_training(config), {})]
-    evaluations = {name: _evaluation_arguments(name, config, runs) for name in slurm.eval}
+    code, limit = next_code(out, slurm), slurm.max_idle_attempts
+    jobs = tuple(PretrainJob(code, train.out, limit, train) for train, _ in runs)
+    training = Submission(out.name, out.absolute() / "slurm", slurm, jobs)
+    evaluations = {name: _evaluation(name, config, training) for name in slurm.eval}
     if slurm.dry_run:
-        _print_plan(config, runs, evaluations)
+        _print_plan(config, training, evaluations)
         return
     if not config.data:
         raise UserError(
@@ -154,75 +156,66 @@ def submit(config: SubmitConfig) -> None:
         raise UserError(f"no file {config.data}: --data must be on a disk that all machines share")
     for train, _ in runs:
         check_run_folder(train)
-    with job_folder(out, slurm) as code:
-        jobs = _pretraining(config, runs, code).submit()
-    array, first = len(runs) > 1, jobs[0].job_id.partition("_")[0]
+    with job_folder(out, slurm, code):
+        submitted = training.submit()
+    array, first = len(runs) > 1, submitted[0].job_id.partition("_")[0]
     dependency = f"{'aftercorr' if array else 'afterok'}:{first}"
     after = {}
     try:
-        for name, arguments in evaluations.items():
-            submitted = _evaluation(name, arguments, config, code, dependency).submit()
-            after[name] = [job.job_id for job in submitted]
+        for name, evaluation in evaluations.items():
+            waiting = replace(evaluation, dependency=dependency).submit()
+            after[name] = [job.job_id for job in waiting]
     except UserError as error:
         subprocess.run(["scancel", first], check=False)
         raise UserError(f"{error} (evaluation {name}; job {first} is cancelled)") from error
-    for number, ((train, point), job) in enumerate(zip(runs, jobs, strict=True)):
+    for number, ((train, point), job) in enumerate(zip(runs, submitted, strict=True)):
         facts = {"sweep": point, "evaluations": {name: ids[number] for name, ids in after.items()}}
         describe(Path(train.out) / "slurm", job.job_id, slurm.cluster, code, facts)
-    for (train, _), job in zip(runs, jobs, strict=True):
         print(f"job {job.job_id}, run folder {train.out}")
     for name, ids in after.items():
         print(f"evaluation {name} after it: job {ids[0].partition('_')[0]}")
-    _print_advice(jobs, slurm, out if array else out.parent)
-    _run_now(jobs, slurm)
+    _follow(submitted, slurm, out if array else out.parent)
 
 
 def submit_script(script: Script, arguments: Sequence[str], slurm: SlurmConfig) -> None:
-    """Submit eval/NAME.py with these arguments, and say how to follow it.
+    """Submit eval/NAME.py with these arguments, and print how to follow it.
 
-    The evaluation of a run folder has its logs there, and by default its result in eval/; of
-    anything else in a folder of its own in slurm.runs. Raises UserError as `submit` does.
+    The evaluation of a run folder has its logs there, and its result in eval/ unless --out says
+    otherwise; any other evaluation gets a folder in slurm.runs. Raises UserError as `submit` does.
     """
-    run = _run_folder_of(arguments)
-    stamp = datetime.now().strftime("%Y%m%d_%H%M%S")
-    out = run or Path(slurm.runs) / "evaluations" / f"{script.name}_{stamp}"
-    if not any(token.partition("=")[0] == "--out" for token in arguments):
-        results = out / "eval" if run else out
+    given, _, _ = options.read_flags(script.config, arguments)
+    about = given.get("checkpoint") or given.get("init")
+    if about and (Path(about) / "run.json").exists():
+        out, results = Path(about), Path(about) / "eval"
+    else:
+        stamp = datetime.now().strftime("%Y%m%d_%H%M%S")
+        out = results = Path(slurm.runs) / "evaluations" / f"{script.name}_{stamp}"
+    if "out" not in given:
         result = results / RESULT_FILES.get(script.name, script.name)
         arguments = [*arguments, "--out", str(result)]
     settings = script.check(arguments)
-
-    def submission(code: str) -> Submission:
-        job = ScriptJob(code, str(out), slurm.max_idle_attempts, script.name, tuple(arguments))
-        return Submission(script.name, out.absolute() / "slurm", slurm, (job,))
-
+    code = next_code(out, slurm)
+    job = ScriptJob(code, str(out), slurm.max_idle_attempts, script.name, tuple(arguments))
+    submission = Submission(script.name, out.absolute() / "slurm", slurm, (job,))
+    command = f"eval/{script.name}.py {shlex.join(arguments)}"
     if slurm.dry_run:
-        print(submission(next_code(out, slurm)).script())
-        print(_commented(f"eval/{script.name}.py {shlex.join(arguments)}\n"))
+        print(submission.script())
+        print(_commented(f"{command}\n"))
         print(_commented(options.to_yaml(settings)))
         return
-    with job_folder(out, slurm) as code:
-        jobs = submission(code).submit()
-    print(f"job {jobs[0].job_id}, eval/{script.name}.py {shlex.join(arguments)}")
-    _print_advice(jobs, slurm, None)
-    _run_now(jobs, slurm)
+    with job_folder(out, slurm, code):
+        submitted = submission.submit()
+    print(f"job {submitted[0].job_id}, {command}")
+    _follow(submitted, slurm, None)
 
 
 # What is submitted
 
 
-def _pretraining(config: SubmitConfig, runs: list[Member], code: str) -> Submission:
-    """The trainings."""
-    limit = config.slurm.max_idle_attempts
-    jobs = tuple(PretrainJob(code, train.out, limit, train) for train, _ in runs)
-    folder = Path(config.out).absolute() / "slurm"
-    return Submission(Path(config.out).name, folder, config.slurm, jobs)
+def _evaluation(name: str, config: SubmitConfig, training: Submission) -> Submission:
+    """eval/NAME.py for each run of `training` when it has ended, on one machine each.
 
-
-def _evaluation_arguments(name: str, config: SubmitConfig, runs: list[Member]) -> list[list[str]]:
-    """What eval/NAME.py is given for each run, once its training has ended.
-
-    Raises UserError unless it is an evaluation that can be, of images that are named.
+    Raises UserError for a name that cannot follow a training, or images that nothing names.
     """
     slurm = config.slurm
     if name not in AFTER_TRAINING:
@@ -238,39 +231,33 @@ def _evaluation_arguments(name: str, config: SubmitConfig, runs: list[Member]) -
     missing = [f"--eval_{key}" for key, path in images.items() if not path]
     if missing:
         raise UserError(f"--eval {name} needs labelled images: pass {' and '.join(missing)}")
-    words = AFTER_TRAINING[name].split()
-    found = [[word.format(run=train.out, **images) for word in words] for train, _ in runs]
-    for arguments in found:
-        find_script(name).check(arguments)
-    return found
-
-
-def _evaluation(
-    name: str, arguments: list[list[str]], config: SubmitConfig, code: str, dependency: str
-) -> Submission:
-    """The evaluations of all runs, on one machine each."""
-    out, limit = Path(config.out), config.slurm.max_idle_attempts
-    jobs = tuple(
-        ScriptJob(code, words[-1], limit, name, tuple(words))  # the last word is --out's
-        for words in arguments
+    jobs = []
+    for job in training.jobs:
+        words = tuple(w.format(run=job.out, **images) for w in AFTER_TRAINING[name].split())
+        find_script(name).check(words)
+        jobs.append(ScriptJob(job.code, words[-1], job.max_idle_attempts, name, words))
+    return replace(
+        training,
+        name=f"{name}_{training.name}",
+        slurm=replace(slurm, nodes=1),
+        jobs=tuple(jobs),
+        dependency="afterok:ID",  # of the training, once it is submitted
     )
-    label, folder = f"{name}_{out.name}", out.absolute() / "slurm"
-    return Submission(label, folder, replace(config.slurm, nodes=1), jobs, dependency)
 
 
 def _training(config: SubmitConfig, **changes: options.Value) -> TrainConfig:
-    """The settings of a training without those of the job."""
+    """The settings of the training, without those of the job."""
     values = {k: v for k, v in options.flat(config).items() if not k.startswith("slurm.")}
     return options.build(TrainConfig, values | changes)
 
 
 def _sweep(config: SubmitConfig) -> list[Member]:
-    """Every combination of the sweep's values, each with a run folder named after them.
+    """Every combination of the sweep's values, each in a run folder named after them.
 
-    Raises UserError for a name or value that is none.
+    Raises UserError for an unknown name or a bad value.
     """
     grid: dict[str, list[str]] = {}
-    for word in config.slurm.sweep:  # commas and spaces have parted "seed=0,1 lr=1"
+    for word in config.slurm.sweep:  # "seed=0,1 lr=1" arrives split at commas and spaces
         name, equals, value = word.partition("=")
         if equals:
             grid[name] = [value]
@@ -280,14 +267,12 @@ def _sweep(config: SubmitConfig) -> list[Member]:
             raise UserError(f"--sweep takes name=value,value ..., got {word}")
     runs = []
     for values in itertools.product(*grid.values()):
-        point: dict[str, options.Value] = {}
-        for name, value in zip(grid, values, strict=True):
-            given, _, _ = options.read_flags(TrainConfig, [f"--{name}={value}"])
-            if given.keys() & {"arch", "out"}:
-                raise UserError(f"--sweep cannot vary {name}: it decides recipe or folder")
-            point |= given
-        leaves = (name.rpartition(".")[2] for name in grid)
-        words = [f"{leaf}={value}" for leaf, value in zip(leaves, values, strict=True)]
+        chosen = dict(zip(grid, values, strict=True))
+        flags = [f"--{name}={value}" for name, value in chosen.items()]
+        point, _, _ = options.read_flags(TrainConfig, flags)
+        if fixed := point.keys() & {"arch", "out"}:
+            raise UserError(f"--sweep cannot vary {fixed.pop()}: it decides recipe or folder")
+        words = [f"{name.rpartition('.')[2]}={value}" for name, value in chosen.items()]
         folder = Path(config.out) / "_".join(words).replace("/", "-")
         runs.append((_training(config, **point, out=str(folder)), point))
     if len({train.out for train, _ in runs}) < len(runs):
@@ -296,7 +281,7 @@ def _sweep(config: SubmitConfig) -> list[Member]:
 
 
 def _additional(text: str) -> dict[str, str | bool]:
-    """Options of sbatch's from "nodelist=n1 exclusive"."""
+    """Options of sbatch from "nodelist=n1 exclusive"."""
     found = {}
     for word in shlex.split(text):
         name, equals, value = word.partition("=")
@@ -306,76 +291,52 @@ def _additional(text: str) -> dict[str, str | bool]:
 
 @contextlib.contextmanager
 def _outside_of_any_job() -> Iterator[None]:
-    """Hide what would make a job that is submitted from within another resemble that one."""
-    inside = "SLURM_JOB_ID" in os.environ
-    ranks = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    hidden = {
-        name: value
-        for name, value in os.environ.items()
-        if name in ranks
-        or name.startswith("SUBMITIT_")
-        or (inside and name.startswith(("SLURM_", "SRUN_")) and name != "SLURM_CONF")
-    }
-    for name in hidden:
-        del os.environ[name]
+    """Hide the environment of the job that submits another, but no settings of the user's own."""
+    names = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    names |= {name for name in os.environ if name.startswith("SUBMITIT_")}
+    if "SLURM_JOB_ID" in os.environ:
+        names |= {name for name in os.environ if name.startswith(("SLURM_", "SRUN_"))}
+        names -= {"SLURM_CONF"}
+    hidden = {name: os.environ.pop(name) for name in names & os.environ.keys()}
     try:
         yield
     finally:
         os.environ.update(hidden)
 
 
-# What is said
+# What is printed
 
 
 def _print_plan(
-    config: SubmitConfig, runs: list[Member], evaluations: dict[str, list[list[str]]]
+    config: SubmitConfig, training: Submission, evaluations: dict[str, Submission]
 ) -> None:
-    """The script, and in comments all the rest, so that the whole can be given to sbatch."""
-    code = next_code(Path(config.out), config.slurm)
+    """The script, and all the rest in comments, so that sbatch takes the whole."""
     if config.slurm.cluster == "slurm":
-        print(_pretraining(config, runs, code).script())
+        print(training.script())
     else:
         print(f"# cluster {config.slurm.cluster}: no script\n")
     shown = config if config.data else replace(config, data=PLACEHOLDER)
     print(_commented(f"settings\n{options.to_yaml(shown)}"))
     if config.slurm.sweep:
-        print(_commented("run folders\n" + "".join(f"{train.out}\n" for train, _ in runs)))
-    for name, arguments in evaluations.items():
-        script = _evaluation(name, arguments, config, code, "afterok:ID").script()
-        print(_commented(f"evaluation {name}\n{script}"))
+        print(_commented("run folders\n" + "".join(f"{job.out}\n" for job in training.jobs)))
+    for name, evaluation in evaluations.items():
+        print(_commented(f"evaluation {name}\n{evaluation.script()}"))
 
 
 def _commented(text: str) -> str:
     return "".join(f"# {line}".rstrip() + "\n" for line in text.splitlines())
 
 
-def _print_advice(jobs: list[submitit.Job], slurm: SlurmConfig, runs: Path | None) -> None:
-    """Commands to follow and stop the jobs."""
+def _follow(jobs: list[submitit.Job], slurm: SlurmConfig, runs: Path | None) -> None:
+    """Print commands to follow and stop the jobs; on the cluster "debug" run them here instead."""
     if slurm.cluster == "debug":
+        for job in jobs:
+            os.environ.update(job.environ)
+            if error := job.exception():  # runs it; result() would open a debugger when it fails
+                raise error
         return
-    job = jobs[0].job_id.partition("_")[0]
     print(f"follow: tail -F {shlex.quote(str(jobs[0].paths.stdout))}")
     if runs is not None:
         print(f"all runs: ssl-xcit runs {shlex.quote(str(runs))}")
-    print(f"stop: {'scancel' if slurm.cluster == 'slurm' else 'kill'} {job}", flush=True)
-
-
-def _run_now(jobs: list[submitit.Job], slurm: SlurmConfig) -> None:
-    """On the cluster "debug": run the jobs, one after the other, in this process."""
-    if slurm.cluster != "debug":
-        return
-    for job in jobs:
-        os.environ.update(job.environ)
-        # exception() runs it; result() would open a debugger when it fails
-        if error := job.exception():
-            raise error
-
-
-def _run_folder_of(arguments: Sequence[str]) -> Path | None:
-    """The run folder that an evaluation is about, if it is about one."""
-    for option, value in itertools.pairwise([*arguments, ""]):
-        name, equals, inline = option.partition("=")
-        if name in ("--checkpoint", "--init"):
-            path = Path(inline if equals else value)
-            return path if (path / "run.json").exists() else None
-    return None
+    stop = "scancel" if slurm.cluster == "slurm" else "kill"
+    print(f"stop: {stop} {jobs[0].job_id.partition('_')[0]}", flush=True)

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm import tqdm
 
-from ssl_xcit.runtime.files import write_text
+from ssl_xcit.runtime.files import read_metrics, write_text
 
 
 class MetricsWriter:
@@ -36,17 +36,6 @@ class MetricsWriter:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl; a last line cut by a kill is left out."""
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
 
 
 def _line(row: dict) -> str:
