@@ -113,7 +113,12 @@ environment() {
     fi
     echo "setting up $venv with $version (torch is large: minutes the first time)"
     "$python" -m venv "$venv" $clear
-    # Not compiled: Python does that with what it imports, a part of it, when it first does
+    # Without a GPU, too, torch is the build for CUDA with its libraries (5 GB): PyPI has no CPU build
+    # of the pinned version, the CUDA build needs the libraries, and PyPI's torchvision needs the
+    # CUDA build. pip by itself prefers CPU builds (2.15.0+cpu, 0.2 GB) where an index has them, as
+    # PyTorch's own has of both:
+    #     PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+    # Not compiled: Python compiles each module when it is first imported, most never
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile \
         -r "$requirements"
     [ "$requirements" = requirements-dev.txt ] && wanted+=$'\n'$(checksum requirements.txt)

@@ -31,6 +31,11 @@ class Command(NamedTuple):
 
 RECIPES = ("pretrain/{arch}.yaml",)
 GROUPS = {
+    "to begin with": {
+        "doctor": Command("check this machine: what it has, what is missing", "doctor:main"),
+        "demo": Command("all of it on Fashion-MNIST, in minutes", "demo:main"),
+        "completion": Command("print a script that completes commands", "__main__:completion"),
+    },
     "data": {
         "data write": Command("store images in one .beton file", "data.command:main", ("write",)),
         "data info": Command("print what a .beton file holds", "data.command:main", ("info",)),
@@ -93,11 +98,29 @@ GROUPS = {
             "write weights in another format", "checkpoints.convert:main", ("convert",)
         ),
     },
-    "to begin with": {
-        "demo": Command("all of it on Fashion-MNIST, in minutes", "demo:main"),
-    },
 }
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
+
+
+# The script knows the names of commands. Only an option, a word that begins with -, starts Python.
+COMPLETION = """\
+_ssl_xcit() {
+    local word="${COMP_WORDS[COMP_CWORD]}" words="" part command=()
+    case "${COMP_WORDS[*]:1:$((COMP_CWORD - 1))}" in
+@CASES@
+    esac
+    if [[ "$word" == -* ]]; then
+        for part in "${COMP_WORDS[@]:1}"; do
+            [[ "$part" == -* ]] && break
+            command+=("$part")
+        done
+        words=$(ssl-xcit "${command[@]}" --help 2>/dev/null)
+        words=$(grep -o -- '--[A-Za-z][A-Za-z0-9_.-]*' <<<"$words" | sort -u)
+    fi
+    COMPREPLY=($(compgen -W "$words" -- "$word"))
+}
+complete -o default -F _ssl_xcit ssl-xcit"""
+ZSH = "autoload -Uz compinit bashcompinit && compinit && bashcompinit\n"  # zsh plays bash
 
 
 def overview() -> str:
@@ -106,6 +129,27 @@ def overview() -> str:
     for title, group in GROUPS.items():
         lines += ["", title, *(f"  {name:<20}{command.help}" for name, command in group.items())]
     return "\n".join(lines)
+
+
+def completion(words: Sequence[str]) -> None:
+    """Print the script by which bash or zsh completes commands and options."""
+    import argparse  # no other command's start waits for it
+
+    parser = argparse.ArgumentParser(
+        prog="ssl-xcit completion",
+        description="Print a script that completes commands and options. Your ~/.bashrc loads it "
+        "by the line: source <(ssl-xcit completion bash)",
+    )
+    parser.add_argument("shell", choices=("bash", "zsh"))
+    shell = parser.parse_args(words).shell
+    following: dict[str, list[str]] = {}
+    for first, _, second in (name.partition(" ") for name in COMMANDS):
+        if first not in following.setdefault("", []):
+            following[""].append(first)
+        if second:
+            following.setdefault(first, []).append(second)
+    cases = (f'        "{typed}") words="{" ".join(n)}" ;;' for typed, n in following.items())
+    print((ZSH if shell == "zsh" else "") + COMPLETION.replace("@CASES@", "\n".join(cases)))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -2,8 +2,8 @@
 
 Fashion-MNIST -> two .beton files -> DINO pretraining of an xcit_nano_12_p8 -> k-NN and linear probe
 -> verdict and report.
-Every stage is a command of the project, printed before it runs. A stage whose result is already in
-the folder is not repeated, so the second call only prints the end; a killed one continues.
+Every stage is a command, printed before it runs. A stage whose result is in the folder is not
+repeated: a second call prints the end alone, a killed one continues.
 """
 
 import argparse
@@ -22,7 +22,6 @@ from ssl_xcit.runtime.errors import UserError, exit_on_user_error
 from ssl_xcit.runtime.processor import usable_cores
 from ssl_xcit.training.metrics import read_metrics
 
-ROOT = CONFIGS.parent
 TRAIN_IMAGES, TEST_IMAGES = 9_000, 2_000
 KNN = ["--features", "cls", "patch", "--k", "20"]
 VIEW = ["--resize", "32", "--crop", "32"]
@@ -30,11 +29,11 @@ LINEAR = ["--mode", "fast", "--features", "cls+patch", "--l2", "0.1", "0.01", "0
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run what is missing, then print what came out."""
+    """Run the missing stages, then print the results."""
     parser = argparse.ArgumentParser(prog="ssl-xcit demo", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="where everything goes")
-    parser.add_argument("--fresh", action="store_true", help="forget the last run, train anew")
-    parser.add_argument("--seed", type=int, default=0, help="of the pretraining")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything")
+    parser.add_argument("--fresh", action="store_true", help="delete the last run, train anew")
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
     arguments = parser.parse_args(argv)
     with exit_on_user_error():
         if arguments.fresh:
@@ -43,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def forget(out: Path) -> None:
-    """Remove the last run and its results, and nothing else that may lie in the folder."""
+    """Delete the last run and its results, and nothing else in the folder."""
     shutil.rmtree(out / "run", ignore_errors=True)
     for folder in out.glob("linear_*"):
         shutil.rmtree(folder)
@@ -52,18 +51,18 @@ def forget(out: Path) -> None:
 
 
 def demo(out: Path, seed: int = 0) -> None:
-    """Write the data, pretrain, evaluate, report; skip what is there."""
+    """Write the data, pretrain, evaluate, report; skip each stage whose result exists."""
     out.mkdir(parents=True, exist_ok=True)
     train, test, run = out / "fashion_train.beton", out / "fashion_test.beton", out / "run"
     for split, path, limit in (("train", train, TRAIN_IMAGES), ("test", test, TEST_IMAGES)):
         if not path.exists():
             options = ["--split", split, "--limit", str(limit)]
-            _run("-m", "ssl_xcit", "data", "write", "FashionMNIST", str(path), *options)
+            _run("data", "write", "FashionMNIST", str(path), *options)
     finished = run / "finished"
     if not finished.exists():
         probe = ["--probe_train", str(train), "--probe_test", str(test)]
         options = ["--config", str(CONFIGS / "demo.yaml"), "--data", str(train), "--out", str(run)]
-        _run(str(ROOT / "main_dino.py"), *options, *probe, "--seed", str(seed))
+        _run("pretrain", *options, *probe, "--seed", str(seed))
         finished.touch()
     config = read_config(TrainConfig, run / "config.yaml")
     start = ("--arch", config.arch, "--random_init", "true", "--seed", str(config.seed))
@@ -72,7 +71,7 @@ def demo(out: Path, seed: int = 0) -> None:
         "pretrained teacher": ("teacher", "--checkpoint", str(run)),
     }
     data = out, train, test
-    # A process for each core: their starts and their small steps hardly profit from several
+    # One process per core: neither their start nor their small steps gain from more threads
     with ThreadPoolExecutor(usable_cores()) as pool:
         waiting = {"raw pixels": [pool.submit(_knn, *data, "pixels", "--pixels", "true")]}
         for label, (name, *source) in sources.items():
@@ -85,17 +84,17 @@ def demo(out: Path, seed: int = 0) -> None:
     report = run / "report.html"
     if not report.exists():
         results = [*sorted(out.glob("knn_*.json")), *sorted(out.glob("linear_*"))]
-        _run("-m", "ssl_xcit", "report", str(run), "--results", *map(str, results))
+        _run("report", str(run), "--results", *map(str, results))
     print(table(rows, metrics))
     print(verdict(metrics, config).text)
     print(f"run folder {run}\nreport     {report}")
 
 
 def table(rows: dict[str, list[float]], metrics: list[dict]) -> str:
-    """The result as text: top-1 in percent by source of the features, and the loss.
+    """The result as text: top-1 in percent for each source of features, and the loss.
 
-    Rows are k-NN of the cls token and of the mean patch token, and the linear probe of both; of
-    pixels, k-NN alone.
+    A row holds k-NN of the cls token, k-NN of the mean patch token, and the linear probe of both;
+    for pixels, k-NN alone.
     """
     lines = [
         f"top-1 in % on {TEST_IMAGES:,} test images, {TRAIN_IMAGES:,} training images",
@@ -111,42 +110,43 @@ def table(rows: dict[str, list[float]], metrics: list[dict]) -> str:
 
 
 def _knn(out: Path, train: Path, test: Path, name: str, *source: str) -> list[float]:
-    """k-NN top-1 in percent by kind of features, from the stored result when there is one."""
+    """k-NN top-1 in percent for each kind of features; a stored result is read, not repeated."""
     result = out / f"knn_{name}.json"
     if not result.exists():
         data = ["--train", str(train), "--test", str(test), "--out", str(result)]
-        _run(str(ROOT / "eval" / "knn.py"), *source, *data, *VIEW, *KNN, beside=True)
+        _run("knn", *source, *data, *VIEW, *KNN, beside=True)
     return [row["top1"] for row in json.loads(result.read_text())["accuracy"]]
 
 
 def _linear(out: Path, train: Path, test: Path, name: str, *source: str) -> list[float]:
-    """Top-1 in percent of the fast linear probe, from the stored result when there is one."""
+    """Top-1 in percent of the fast linear probe; a stored result is read, not repeated."""
     folder = out / f"linear_{name}"
     if not (folder / "result.json").exists():
         data = ["--train", str(train), "--test", str(test), "--out", str(folder)]
-        _run(str(ROOT / "eval" / "linear.py"), *source, *data, *VIEW, *LINEAR, beside=True)
+        _run("linear", *source, *data, *VIEW, *LINEAR, beside=True)
     return [json.loads((folder / "result.json").read_text())["fast"]["top1"]]
 
 
-def _run(*arguments: str, beside: bool = False) -> None:
-    """Print a command, run it, and stop with its exit status if it fails.
+def _run(*words: str, beside: bool = False) -> None:
+    """Print `ssl-xcit WORDS`, run it, and stop with its exit status if it fails.
 
-    `beside` others: on one thread; what it prints is printed when it ends.
+    `beside` others it has one thread, and its output appears when it ends.
     """
-    line, options = "$ python " + " ".join(arguments), {}
+    line, options = "$ ssl-xcit " + " ".join(words), {}
     if beside:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         options = {"env": environment, "stdout": subprocess.PIPE, "text": True}
         options["stderr"] = subprocess.STDOUT
     else:
         print(line, flush=True)
-    done = subprocess.run([sys.executable, *arguments], check=False, **options)
+    done = subprocess.run([sys.executable, "-m", "ssl_xcit", *words], check=False, **options)
     if beside:
         print(f"{line}\n{done.stdout}", end="", flush=True)
     status = done.returncode
     if status == 2:
         raise UserError(
-            "the command above failed; if an older demo is in the way: make demo FRESH=1"
+            "the command above failed; if an older demo is in the way: ssl-xcit demo --fresh "
+            "(make demo FRESH=1)"
         )
     if status:
         raise SystemExit(status)

@@ -21,8 +21,8 @@ torch.set_num_threads(1)
 
 # Whole files go to the workers. These take longest, so they begin, and no worker ends long after
 # the others. The rest follow in the order of their names.
-FIRST = """slurm_cluster demo reliability equality train readme verdict guard diagnostics finetune
-    linear knn supervised convert loader train_step plan xcit""".split()  # noqa: SIM905
+FIRST = """slurm_cluster demo reliability equality train readme wheel verdict guard diagnostics
+    finetune linear knn supervised convert loader train_step plan xcit""".split()  # noqa: SIM905
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

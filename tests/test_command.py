@@ -1,8 +1,11 @@
 """The one command: what it lists, what it calls, and what it says of a word it does not know."""
 
+import os
 import resource
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -77,3 +80,78 @@ def test_an_unknown_command_is_one_line_that_names_the_nearest(words, message, c
     assert printed.out == ""
     assert message in printed.err
     assert printed.err.count("\n") == 1
+
+
+# Completion
+
+
+def completed(line: str, folder: Path) -> list[str]:
+    """What bash offers for the last word of `line`, by the printed script.
+
+    Programs are looked for in `folder` alone, but for those of the system.
+    """
+    words = line.split(" ")
+    ask = f"""
+        source <("{sys.executable}" -m ssl_xcit completion bash)
+        COMP_WORDS=({" ".join(f"'{word}'" for word in words)}) COMP_CWORD={len(words) - 1}
+        complete -p ssl-xcit >/dev/null && _ssl_xcit; printf '%s\\n' "${{COMPREPLY[@]}}"
+    """
+    environment = os.environ | {"PATH": f"{folder}:/usr/bin:/bin"}
+    done = subprocess.run(
+        ["bash", "-c", ask], capture_output=True, text=True, env=environment, check=True
+    )
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("ssl-xcit ", list(dict.fromkeys(name.split()[0] for name in COMMANDS))),
+        ("ssl-xcit re", ["report", "replay"]),
+        ("ssl-xcit data ", ["write", "info", "verify", "preview"]),
+        ("ssl-xcit checkpoint c", ["convert"]),
+        ("ssl-xcit knn ", []),  # then bash offers files
+        ("ssl-xcit data write s", []),
+    ],
+)
+def test_bash_completes_commands_without_starting_python(tmp_path, line, offered):
+    (tmp_path / "ssl-xcit").write_text("#!/bin/sh\necho started >&2\n")
+    (tmp_path / "ssl-xcit").chmod(0o755)
+    assert completed(line, tmp_path) == offered
+
+
+def test_bash_completes_the_options_of_a_command(tmp_path):
+    program = f'#!/bin/sh\nexec "{sys.executable}" -m ssl_xcit "$@"\n'
+    (tmp_path / "ssl-xcit").write_text(program)
+    (tmp_path / "ssl-xcit").chmod(0o755)
+    assert completed("ssl-xcit knn --temp", tmp_path) == ["--temperature"]
+    assert completed("ssl-xcit data write images out.beton --sho", tmp_path) == ["--short-side"]
+    found = completed("ssl-xcit submit --arch xcit_nano_12_p8 --optim.", tmp_path)
+    assert {"--optim.lr", "--optim.epochs"} <= set(found)
+
+
+def test_completion_of_another_shell_is_refused(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["completion", "fish"])
+    assert left.value.code == 2
+    assert "invalid choice: 'fish' (choose from" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed")
+def test_zsh_takes_the_script(tmp_path):
+    ask = f"""
+        source <("{sys.executable}" -m ssl_xcit completion zsh)
+        echo $_comps[ssl-xcit]
+        emulate ksh  # as zsh does around such a function
+        COMP_WORDS=(ssl-xcit data ""); COMP_CWORD=2; _ssl_xcit; echo "${{COMPREPLY[@]}}"
+    """
+    done = subprocess.run(
+        ["zsh", "-fec", ask],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HOME": str(tmp_path)},
+    )
+    registered, offered = done.stdout.splitlines()
+    assert "_ssl_xcit" in registered
+    assert offered.split() == ["write", "info", "verify", "preview"]

@@ -57,9 +57,12 @@ def test_the_demo_ends_in_a_table_a_verdict_and_a_report_and_does_nothing_twice(
     assert left == {"fashion_train.beton", "fashion_test.beton", "notes.txt"}
 
 
-def test_a_stage_that_fails_stops_the_demo(tmp_path):
-    with pytest.raises(UserError, match="FRESH=1"):
-        demo._run("-c", "raise SystemExit(2)")
+def test_a_stage_that_fails_stops_the_demo(monkeypatch, capfd):
+    with pytest.raises(UserError, match="ssl-xcit demo --fresh"):
+        demo._run("no_such_command")
+    assert "no command 'no_such_command'" in capfd.readouterr().err
+    interrupted = subprocess.CompletedProcess([], 130)
+    monkeypatch.setattr(demo.subprocess, "run", lambda *_, **__: interrupted)
     with pytest.raises(SystemExit) as stopped:
-        demo._run("-c", "raise SystemExit(130)")
+        demo._run("runs")
     assert stopped.value.code == 130

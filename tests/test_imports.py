@@ -29,7 +29,7 @@ ROWS = [
     {"dino", "finetune"},
     {"report"},
     {"slurm"},
-    {"demo"},
+    {"demo", "doctor", "api"},
     {"__main__"},
 ]
 ROW = {package: number for number, row in enumerate(ROWS) for package in row}

@@ -434,9 +434,8 @@ def test_bf16_trains_in_float32_weights(photos, tmp_path):
 def test_the_commit_is_gits_word_or_what_a_frozen_copy_notes_and_missing_git_is_no_error(
     tmp_path, monkeypatch
 ):
-    frozen = tmp_path / "ssl_xcit/runtime"
-    frozen.mkdir(parents=True)
-    monkeypatch.setattr(provenance, "__file__", str(frozen / "provenance.py"))
+    monkeypatch.setattr(provenance, "PACKAGE", tmp_path / "ssl_xcit")
+    (tmp_path / "ssl_xcit").mkdir()
     assert provenance.commit() is None
     monkeypatch.setenv("PATH", str(tmp_path))  # no git there
     assert provenance.commit() is None

@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-TABLE = Path(__file__).resolve().parents[2] / "configs" / "supervised_models.csv"
+from ssl_xcit.runtime.config import CONFIGS
+
+TABLE = CONFIGS / "supervised_models.csv"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@
 import ctypes
 import functools
 import gzip
-import importlib.util
 import io
 import os
 import re
@@ -18,6 +17,7 @@ from typing import Literal
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
+from ssl_xcit.data.turbojpeg import load_turbojpeg
 from ssl_xcit.runtime.errors import UserError
 
 JPG, RAW = 0, 1
@@ -226,7 +226,7 @@ def encode(item: bytes | np.ndarray, encoding: Encoding) -> Stored:
 
     Raises:
         BrokenImageError, or whatever Pillow raises: `item` cannot be read.
-        UserError: libjpeg-turbo, which comes with ffcv, is missing.
+        UserError: libjpeg-turbo is missing.
     """
     notes: list[str] = []
     if isinstance(item, bytes) and not item:
@@ -362,19 +362,8 @@ def is_harmless(problem: str) -> bool:
 
 @functools.cache
 def _turbojpeg() -> ctypes.CDLL:
-    """libjpeg-turbo through FFCV's library, as in `kernels`, but without numba's start-up time."""
-    spec = importlib.util.find_spec("ffcv")
-    folders = spec.submodule_search_locations if spec else []
-    found = [file for folder in folders for file in Path(folder).glob("_libffcv*.so")]
-    if not found:
-        raise UserError("the JPEG decoder is part of ffcv, which is missing: pip install ffcv")
-    try:
-        turbo = ctypes.CDLL(str(found[0]))
-    except OSError as error:
-        raise UserError(
-            f"{found[0]} cannot be loaded ({error}): install libturbojpeg and OpenCV "
-            "(Debian: libopencv-dev libturbojpeg0-dev), then reinstall ffcv"
-        ) from error
+    """The loader's decoder as in `kernels`, but without numba's start-up time."""
+    turbo = load_turbojpeg(ctypes.CDLL)
     address, size, number = ctypes.c_void_p, ctypes.c_ulong, ctypes.c_int
     turbo.tjInitDecompress.restype = address
     turbo.tjDestroy.argtypes = [address]

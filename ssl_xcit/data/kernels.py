@@ -9,21 +9,18 @@ All arithmetic is integer or correctly rounded float (no reordering, no fused mu
 bits depend neither on the CPU's vector width nor on the number of threads. The one exception is
 `math.exp` in `random_crop`, which the C library computes.
 
-The JPEG decoder is the libjpeg-turbo that FFCV's own library is linked to, called directly: FFCV's
-`imdecode` asks for the fast, inaccurate DCT and drops warnings. The Python package ffcv is never
-imported: that takes seconds and changes numba's and torch's global state.
+The JPEG decoder is libjpeg-turbo, called directly: FFCV's `imdecode` asks for the fast, inaccurate
+DCT and drops warnings.
 
 All kernels are in this one file because numba's cache is keyed by file: it would not notice a
 change of a callee in another file. They hold no state and release the GIL.
 """
 
-import importlib.util
 import inspect
 import logging
 import math
 from collections import namedtuple
 from collections.abc import Callable
-from pathlib import Path
 
 import llvmlite.binding as llvm
 import numpy as np
@@ -33,31 +30,14 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.data.turbojpeg import load_turbojpeg
 
 logger = logging.getLogger(__name__)
 
 
-def _load_turbojpeg() -> None:
-    """Make libjpeg-turbo's functions known to compiled code, through FFCV's library."""
-    spec = importlib.util.find_spec("ffcv")
-    folders = spec.submodule_search_locations if spec else []
-    found = [file for folder in folders for file in Path(folder).glob("_libffcv*.so")]
-    if not found:
-        raise UserError(
-            "the JPEG decoder is part of ffcv, which is not installed: pip install ffcv"
-        )
-    try:
-        llvm.load_library_permanently(str(found[0]))
-    except RuntimeError as error:
-        raise UserError(
-            f"{found[0]} cannot be loaded ({error}): install libturbojpeg and OpenCV "
-            "(Debian: libopencv-dev libturbojpeg0-dev), then reinstall ffcv"
-        ) from error
-
-
-# At import, because a kernel from numba's cache needs the symbols before anything else runs.
-_load_turbojpeg()
+# Makes its functions known to compiled code. At import, because a kernel from numba's cache needs
+# the symbols before anything else runs.
+load_turbojpeg(llvm.load_library_permanently)
 
 _address, _size, _int = types.uintp, types.uintp, types.int32
 tj_init = types.ExternalFunction("tjInitDecompress", _address())

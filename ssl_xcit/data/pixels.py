@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32, Real
 from torch import Tensor
 
 from ssl_xcit.runtime.errors import UserError
@@ -19,9 +19,9 @@ def imagenet_statistics(in_chans: int) -> tuple[tuple[float, ...], tuple[float, 
 
 
 def normalise(
-    images: UInt8[Tensor, "*batch c h w"], mean: Sequence[float], std: Sequence[float]
+    images: Real[Tensor, "*batch c h w"], mean: Sequence[float], std: Sequence[float]
 ) -> Float32[Tensor, "*batch c h w"]:
-    """(x / 255 - mean) / std per channel, on the images' device."""
+    """(x / 255 - mean) / std per channel of x in 0 to 255, on the images' device."""
     if not images.size(-3) == len(mean) == len(std):
         raise UserError(
             f"the images have {images.size(-3)} channels but mean has {len(mean)} values and std "

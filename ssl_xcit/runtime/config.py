@@ -20,7 +20,9 @@ from ssl_xcit.runtime.errors import UserError
 from ssl_xcit.runtime.files import write_text
 from ssl_xcit.runtime.options import Config
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+PACKAGE = Path(__file__).resolve().parents[1]
+INSTALLED = (PACKAGE / "configs").is_dir()  # by a wheel, which packs configs/ into the package
+CONFIGS = (PACKAGE if INSTALLED else PACKAGE.parent) / "configs"
 
 
 # A run folder belongs to one configuration; these settings may change when the run continues. The

@@ -1,7 +1,8 @@
 """Where results come from: the commit of the code."""
 
 import subprocess
-from pathlib import Path
+
+from ssl_xcit.runtime.config import INSTALLED, PACKAGE
 
 
 def commit() -> str | None:
@@ -9,14 +10,15 @@ def commit() -> str | None:
 
     A job's frozen copy of the code notes it in a file beside the package; otherwise git is asked.
     """
-    folder = Path(__file__).resolve().parents[2]
-    noted = folder / "COMMIT"
+    noted = PACKAGE.parent / "COMMIT"
     if noted.is_file():
         return noted.read_text().strip() or None
+    if INSTALLED:  # git would describe whatever repository the environment lies in
+        return None
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=folder,
+            cwd=PACKAGE,
             capture_output=True,
             text=True,
             check=False,

@@ -83,7 +83,6 @@ class SubmitConfig(TrainConfig):
 
 @dataclass(frozen=True)
 class EvaluationJobConfig:
-    """Submit an evaluation to SLURM: launch/submit.py eval NAME, with every option of eval/NAME.py
-    and the job's, which are:"""
+    """Submit an evaluation to SLURM. The options are those of its own command, and the job's:"""
 
     slurm: SlurmConfig = field(default_factory=SlurmConfig)

@@ -11,13 +11,13 @@ from ssl_xcit.slurm.config import SlurmConfig
 
 
 class Script(NamedTuple):
-    """A script of eval/ and the class of its settings."""
+    """An evaluation: the name of its command, and the class of its settings."""
 
     name: str
     config: type
 
     def check(self, arguments: Sequence[str]) -> object:
-        """The settings that these arguments give. Raises UserError as the script would."""
+        """The settings that these arguments give. Raises UserError as the command would."""
         return load_config(self.config, argv=arguments)
 
 
@@ -31,7 +31,7 @@ CONFIGURATIONS = {
 
 
 def find_script(name: str) -> Script:
-    """eval/NAME.py. Raises UserError if there is none."""
+    """The evaluation of this name. Raises UserError if there is none."""
     if name not in CONFIGURATIONS:
         known = ", ".join(CONFIGURATIONS)
         raise UserError(f"expected an evaluation ({known}), got {options.as_text(name)}")

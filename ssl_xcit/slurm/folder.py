@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ssl_xcit.dino.config import TrainConfig
 from ssl_xcit.report.runs import job_states, read_json
-from ssl_xcit.runtime.config import config_differences, read_config
+from ssl_xcit.runtime.config import INSTALLED, config_differences, read_config
 from ssl_xcit.runtime.errors import UserError
 from ssl_xcit.runtime.files import write_text
 from ssl_xcit.runtime.provenance import commit
@@ -25,6 +25,8 @@ from ssl_xcit.slurm.config import SlurmConfig
 from ssl_xcit.slurm.job import ROOT
 
 PROGRAM = ("ssl_xcit", "configs", "eval", "launch", "main_dino.py", "pyproject.toml")
+if INSTALLED:  # the package has the recipes in it, and beside it lie other people's packages
+    PROGRAM = ("ssl_xcit",)
 IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs"}  # file systems that no other machine sees
 
 

@@ -1,4 +1,4 @@
-"""What each process of a SLURM job runs: a pretraining, or a script of eval/.
+"""What each process of a SLURM job runs: a pretraining, or an evaluation.
 
 A preemption, the time limit or a lost node may end a job before its work is done. The next attempt
 at the same job continues from what the last one saved. After a preemption or at the time limit the
@@ -19,10 +19,11 @@ from typing import NoReturn
 
 from ssl_xcit.dino.config import TrainConfig
 from ssl_xcit.runtime import processor
+from ssl_xcit.runtime.config import PACKAGE
 from ssl_xcit.runtime.errors import UserError, exit_on_user_error
 from ssl_xcit.runtime.signals import SIGNALS, Stopped, StopSignals
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = PACKAGE.parent
 RUN_AGAIN = 144  # exit status by which a job on submitit's local cluster asks to run again
 
 
@@ -112,16 +113,15 @@ class PretrainJob(Job):
 
 @dataclass(frozen=True)
 class ScriptJob(Job):
-    """A script of eval/ with its arguments."""
+    """An evaluation: the name of its command, and its arguments."""
 
     script: str
     arguments: tuple[str, ...]
 
     def work(self) -> None:
-        """Run the script as on the command line."""
-        path = str(ROOT / "eval" / f"{self.script}.py")
-        sys.argv = [path, *self.arguments]
-        runpy.run_path(path, run_name="__main__")
+        """Run the command."""
+        sys.argv = ["ssl-xcit", self.script, *self.arguments]
+        runpy.run_module("ssl_xcit", run_name="__main__")
 
 
 def job_id() -> str:

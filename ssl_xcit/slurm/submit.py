@@ -14,9 +14,6 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
-import submitit
-from submitit.core.utils import FailedJobError, FailedSubmissionError
-
 from ssl_xcit.dino.config import TrainConfig
 from ssl_xcit.runtime import options
 from ssl_xcit.runtime.errors import UserError
@@ -24,6 +21,12 @@ from ssl_xcit.slurm.config import SlurmConfig, SubmitConfig
 from ssl_xcit.slurm.evaluations import Script, find_script
 from ssl_xcit.slurm.folder import check_run_folder, describe, job_folder, next_code
 from ssl_xcit.slurm.job import Job, PretrainJob, ScriptJob
+
+try:
+    import submitit
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+except ModuleNotFoundError as error:
+    raise UserError("SLURM needs submitit: pip install 'ssl_xcit[slurm]'") from error
 
 PLACEHOLDER = "PLACEHOLDER: no --data given, nor slurm.images in configs/slurm.yaml"
 Member = tuple[TrainConfig, dict[str, options.Value]]  # a run, and its values of the sweep
@@ -178,7 +181,7 @@ def submit(config: SubmitConfig) -> None:
 
 
 def submit_script(script: Script, arguments: Sequence[str], slurm: SlurmConfig) -> None:
-    """Submit eval/NAME.py with these arguments, and print how to follow it.
+    """Submit an evaluation with these arguments, and print how to follow it.
 
     The evaluation of a run folder has its logs there, and its result in eval/ unless --out says
     otherwise; any other evaluation gets a folder in slurm.runs. Raises UserError as `submit` does.
@@ -197,7 +200,7 @@ def submit_script(script: Script, arguments: Sequence[str], slurm: SlurmConfig) 
     code = next_code(out, slurm)
     job = ScriptJob(code, str(out), slurm.max_idle_attempts, script.name, tuple(arguments))
     submission = Submission(script.name, out.absolute() / "slurm", slurm, (job,))
-    command = f"eval/{script.name}.py {shlex.join(arguments)}"
+    command = f"ssl-xcit {script.name} {shlex.join(arguments)}"
     if slurm.dry_run:
         print(submission.script())
         print(_commented(f"{command}\n"))
@@ -213,7 +216,7 @@ def submit_script(script: Script, arguments: Sequence[str], slurm: SlurmConfig) 
 
 
 def _evaluation(name: str, config: SubmitConfig, training: Submission) -> Submission:
-    """eval/NAME.py for each run of `training` when it has ended, on one machine each.
+    """An evaluation for each run of `training` when it has ended, on one machine each.
 
     Raises UserError for a name that cannot follow a training, or images that nothing names.
     """
@@ -222,7 +225,7 @@ def _evaluation(name: str, config: SubmitConfig, training: Submission) -> Submis
         raise UserError(f"--eval takes {', '.join(AFTER_TRAINING)}, got {name}")
     if slurm.cluster != "slurm":
         raise UserError(
-            f"--eval needs SLURM, got cluster {slurm.cluster}: run eval/{name}.py afterwards"
+            f"--eval needs SLURM, got cluster {slurm.cluster}: run ssl-xcit {name} afterwards"
         )
     images = {
         "train": slurm.eval_train or config.probe.probe_train,
