@@ -322,8 +322,8 @@ def test_converting_says_what_it_found_and_what_it_left_out(micro, tmp_path, cap
     main(["convert", str(tmp_path / "it.pth"), str(tmp_path / "out.pth"), "--to", "dino"])
     said = capsys.readouterr().out
     assert f"official, {micro}, model, 10 classes" in said
-    assert "its training's: epoch, optimizer" in said
-    assert "left out, having no place in dino: head.weight, head.bias" in said
+    assert "only for training: epoch, optimizer" in said
+    assert "left out, no place in dino: head.weight, head.bias" in said
     assert "largest feature difference 0.0e+00" in said
     main(["convert", str(tmp_path / "it.pth"), str(tmp_path / "all.pth"), "--to", "mmpretrain"])
     said = capsys.readouterr().out

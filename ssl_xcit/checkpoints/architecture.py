@@ -1,4 +1,4 @@
-"""Which architecture a state dict is of, and whether all its tensors are there."""
+"""Recognises the architecture of a state dict, and checks that it is complete."""
 
 import functools
 import re
@@ -14,7 +14,7 @@ from ssl_xcit.runtime.errors import UserError
 
 
 def infer_arch(state: StateDict, path: object = "the state dict") -> str:
-    """The architecture whose sizes these official keys have, or nearly have: see `check_tensors`.
+    """The architecture that best fits these official keys; `check_tensors` says whether it fits.
 
     Raises UserError when no architecture has this width.
     """
@@ -39,9 +39,9 @@ def infer_arch(state: StateDict, path: object = "the state dict") -> str:
 
 
 def check_tensors(state: StateDict, arch: str, path: object = "the state dict") -> None:
-    """UserError unless `state` has all tensors of `arch` in their shapes, and no other one.
+    """Raise UserError unless `state` has all tensors of `arch` in their shapes, and no others.
 
-    The classifier may be missing altogether; its classes and the channels of the image are free.
+    The whole classifier may be missing. The numbers of classes and of image channels are free.
     """
     stem, classifier = state.get("patch_embed.proj.0.0.weight"), state.get("head.weight")
     in_chans = stem.shape[1] if stem is not None and stem.ndim == 4 else 3
@@ -72,6 +72,6 @@ def check_tensors(state: StateDict, arch: str, path: object = "the state dict") 
 
 @functools.lru_cache(maxsize=32)
 def expected_tensors(arch: str, num_classes: int, in_chans: int) -> Mapping[str, Tensor]:
-    """The official state dict of an architecture, without memory: names, shapes and types."""
+    """The official state dict of an architecture on the meta device: names, shapes and types."""
     with torch.device("meta"):
         return build_xcit(arch, num_classes=num_classes, in_chans=in_chans).state_dict()

@@ -1,10 +1,10 @@
-"""Weights from every format to every other, compared after writing; and what a file holds.
+"""Converts weights between all formats and checks the result; shows what a file holds.
 
     ssl-xcit checkpoint convert FILE OUT --to timm
     ssl-xcit checkpoint info FILE
 
-What is written is read again before it gets its name: all tensors must come back bit for bit (of an
-export, which has no names to compare, the logits at two resolutions must agree).
+The written file is read again before it gets its name: all tensors must come back bit for bit. For
+an export, which has no names to compare, the logits at two resolutions must agree.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from jaxtyping import Float
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ssl_xcit.checkpoints.formats import StateDict, to_mmpretrain, to_timm
+from ssl_xcit.checkpoints.formats import CLASSIFIER, StateDict, to_mmpretrain, to_timm
 from ssl_xcit.checkpoints.read import Weights, read, read_linear_weights
 from ssl_xcit.models.xcit import build_xcit
 from ssl_xcit.runtime.errors import UserError, exit_on_user_error
@@ -40,11 +40,11 @@ TARGETS = {
     "onnx": (".onnx",),
     "torchexport": (".pt2",),
 }
-EXPORTS = ("onnx", "torchexport")  # graphs: nothing reads their weights back
+EXPORTS = ("onnx", "torchexport")  # graphs, whose weights cannot be read back
 
-# (images, height, width) that are compared: any number of images, not only squares.
+# (images, height, width) of the comparison: several batch sizes, not only squares.
 SHAPES = ((1, 64, 64), (3, 96, 48))
-# Another program sums in another order. Measured: a few 1e-7 of logits around 1.
+# Other programs sum in another order. Measured: a few 1e-7, for logits around 1.
 EXPORT_TOLERANCE = 1e-4
 
 
@@ -54,8 +54,8 @@ class Converted(NamedTuple):
     weights: Weights  # of the source
     path: Path
     tensors: int  # in the file written; 0 for an export
-    left_out: tuple[str, ...]  # names of tensors that the target has no place for
-    difference: float  # largest, between outputs before and after
+    left_out: tuple[str, ...]  # names of tensors that the target cannot hold
+    difference: float  # the largest between outputs before and after
 
 
 def convert(
@@ -72,7 +72,7 @@ def convert(
     `to` is one of `TARGETS`: official `{"model": ...}`; mmpretrain `{"state_dict": ...}`; timm, a
     flat state dict, or .safetensors if `out` ends so; dino, flat without classifier ("backbone
     only"); safetensors under the official names; onnx and torchexport, graphs for any number and
-    size of images. The file appears complete and compared with the source, or not at all.
+    size of images. The file appears complete and verified, or not at all.
 
     Raises UserError for a source that cannot be read, an `out` that exists or has another ending,
     packages that are missing, and outputs that differ.
@@ -86,14 +86,16 @@ def convert(
         _require("onnx", "onnxscript", "onnxruntime")
     original = read(source, role, arch)
     weights = dataclasses.replace(original, state=original.backbone) if to == "dino" else original
-    left_out = tuple(key for key in original.state if key not in weights.state)
+    left_out = tuple(
+        key for key in CLASSIFIER if key in original.state.keys() - weights.state.keys()
+    )
     model = weights.build()
     make_folder(out.parent)
     with new_file(out, overwrite) as file:
         tensors = 0
         if to in EXPORTS:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # some torch warns of what it does itself there
+                warnings.simplefilter("ignore")  # some torch versions warn of their own doing
                 again = (_write_onnx if to == "onnx" else _export)(model, file)
         else:
             tensors = _write_tensors(weights, to, file)
@@ -108,7 +110,7 @@ def convert(
 
 
 def layout(state: StateDict, to: str) -> dict[str, Tensor] | dict[str, StateDict]:
-    """What a .pth of the format holds: an official state dict renamed, and the entry it is in."""
+    """The content of a .pth of format `to`: the state dict renamed, in the entry it belongs in."""
     if to == "timm":
         return to_timm(state)
     if to == "mmpretrain":
@@ -117,7 +119,7 @@ def layout(state: StateDict, to: str) -> dict[str, Tensor] | dict[str, StateDict
 
 
 def _write_tensors(weights: Weights, to: str, file: BinaryIO) -> int:
-    # A .pth keeps what tensors share and how they lie in memory: each gets a copy of its own.
+    # A .pth stores shared memory and strides: each tensor gets a contiguous copy of its own.
     plain = {
         key: tensor.clone(memory_format=torch.contiguous_format)
         for key, tensor in weights.state.items()
@@ -136,7 +138,7 @@ def _write_tensors(weights: Weights, to: str, file: BinaryIO) -> int:
 
 
 def _read_again(weights: Weights, path: Path) -> nn.Module:
-    """The network in the file just written, after a look at every bit of its tensors."""
+    """The network in the file just written, after comparing every bit of its tensors."""
     again = read(path, arch=weights.arch)
     different = [
         key
@@ -186,7 +188,7 @@ def _export(model: nn.Module, file: BinaryIO) -> nn.Module:
 def _write_onnx(model: nn.Module, file: BinaryIO) -> Callable[[Tensor], Tensor]:
     import onnxruntime
 
-    # its optimiser tells at length what it leaves as it is
+    # its optimiser reports at length what it does not change
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
     torch.onnx.export(
         _program(model),
@@ -272,9 +274,9 @@ def _checksum(path: Path) -> str:
 
 
 def timm_call(converted: Converted) -> str:
-    """The Python expression by which timm loads a converted file, all of it, strictly."""
+    """The Python expression that makes timm load a converted file strictly and in full."""
     classes = converted.weights.num_classes
-    # timm drops a classifier without a word unless the overlay states its size too
+    # timm silently drops a classifier unless the overlay states its size too
     return (
         f"timm.create_model('{converted.weights.arch}_224', pretrained=True, num_classes={classes},"
         f" pretrained_cfg_overlay=dict(file={str(converted.path)!r}, num_classes={classes}))"
@@ -289,9 +291,9 @@ def _convert_command(args: argparse.Namespace) -> None:
     classes = f"{found.num_classes} classes" if found.num_classes else "no classifier"
     print(f"{found.path}: {found.format}, {found.arch}, {found.role}, {classes}")
     if found.ignored:
-        print(f"  not converted, being its training's: {', '.join(found.ignored)}")
+        print(f"  not converted, only for training: {', '.join(found.ignored)}")
     if done.left_out:
-        print(f"  left out, having no place in {args.to}: {', '.join(done.left_out)}")
+        print(f"  left out, no place in {args.to}: {', '.join(done.left_out)}")
     size, count = done.path.stat().st_size / 1e6, f"{done.tensors} tensors"
     what = "a graph" if args.to in EXPORTS else f"{count}, all read back bit for bit"
     print(f"{done.path}: {args.to}, {size:.1f} MB, {what}, sha256 {_checksum(done.path)}")
@@ -335,7 +337,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; exit status 2 and one line on stderr for what a user can mend."""
+    """The command line; exit status 2 and one line on stderr for a user's mistake."""
     args = _parser().parse_args(argv)
     with exit_on_user_error():
         args.run(args)

@@ -1,20 +1,18 @@
-"""Checkpoints: folders of safetensors and JSON, published atomically; and reading any format.
-
-    ssl-xcit checkpoint info FILE
-    ssl-xcit checkpoint convert FILE OUT --to timm
+"""Checkpoints: folders of safetensors and JSON, published atomically.
 
 A checkpoint is `checkpoints/step_00001234/`:
 
     student.safetensors   parameters and BatchNorm buffers, under DINO's names (backbone.*, head.*)
     teacher.safetensors   likewise; the BatchNorm statistics are the teacher's own
     optimizer.safetensors moments, named <parameter>/<moment>
-    loss.safetensors      the centre; meters.safetensors: the running means of the log
+    loss.safetensors      the centre
+    meters.safetensors    the running means of the log
     state.json            step, architecture, configuration, versions
     manifest.json         bytes and sha256 of every file above, written last
 
-It is written beside its final name, flushed to disk, and renamed: a folder that has its final name
-and a matching manifest is complete. Nothing in it can execute code. `checkpoints/last` is a link to
-the newest.
+It is written under another name, flushed to disk, and renamed: a folder with its final name and a
+matching manifest is complete. Nothing in it can execute code. `checkpoints/last` is a link to the
+newest.
 """
 
 import hashlib
@@ -37,7 +35,7 @@ FORMAT = 1  # raised when an older reader could misread a newer folder
 
 
 class Saved(NamedTuple):
-    """What a save cost."""
+    """Where a checkpoint was saved, and what it cost."""
 
     path: Path
     seconds: float
@@ -63,8 +61,8 @@ def save_checkpoint(
 ) -> Saved:
     """Publish `folder/step_<step>` atomically, then remove what `keep_last` no longer covers.
 
-    `step` counts the finished optimiser steps. `keep` marks the checkpoint as kept for good.
-    Raises UserError when the disk refuses; the checkpoints already there are not touched.
+    `step` counts the finished optimiser steps. `keep` marks a checkpoint that is never removed.
+    Raises UserError when the disk refuses; earlier checkpoints are not touched.
     """
     start = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,12 +103,12 @@ def save_checkpoint(
 
 
 def step_folder(folder: Path, step: int) -> Path:
-    """Where the checkpoint after `step` finished steps is."""
+    """The path of the checkpoint after `step` finished steps."""
     return folder / f"step_{step:08d}"
 
 
 def load_latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest complete checkpoint under `folder`, and one line for each one skipped and why."""
+    """The newest complete checkpoint under `folder`, and a line for each one skipped: why."""
     skipped = []
     for path in reversed(_published(folder)):
         try:
@@ -161,7 +159,7 @@ def _manifest(path: Path) -> dict[str, dict]:
 
 
 def _point_to(link: Path, name: str) -> None:
-    """Make `link` a symbolic link to `name`, in one step; for people, nothing here reads it."""
+    """Make `link` a symbolic link to `name`, atomically. It is for people: no code reads it."""
     new = link.with_name(f".{link.name}")
     new.unlink(missing_ok=True)
     new.symlink_to(name)
@@ -174,14 +172,14 @@ def _published(folder: Path) -> list[Path]:
 
 
 def _prune(folder: Path, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` checkpoints and those marked as kept for good."""
+    """Remove all but the newest `keep_last` checkpoints and those marked to be kept."""
     for path in _published(folder)[:-keep_last]:
         try:
             kept = _read_json(path / "state.json").get("keep")
         except UserError:
-            kept = False  # unreadable: of no use to anyone
+            kept = False  # unreadable, so useless
         if not kept:
-            # a failed removal must not end a training that is otherwise healthy
+            # a failed removal must not end a healthy training
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -201,7 +199,7 @@ def _fingerprint(path: Path) -> dict:
 
 
 def _flush(path: Path) -> None:
-    """Force a file's or folder's content to the disk."""
+    """Force the content of a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

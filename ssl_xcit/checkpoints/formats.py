@@ -1,13 +1,13 @@
-"""The formats that XCiT weights come in: telling them apart, and their names for the same tensors.
+"""The formats of XCiT weights: how to tell them apart, and their names for the same tensors.
 
     official     facebookresearch/xcit's names, which are this project's own
     dino         the official names after `backbone.`, and a projection head after `head.`
     timm         `pos_embed.` instead of `pos_embeder.`; class attention has q, k, v one by one
     mmpretrain   `backbone.`, OpenMMLab's names for the layers, q, k, v one by one, `head.fc.`
 
-Functions of dictionaries of tensors; `ssl_xcit.checkpoints.read` reads the files and
-`ssl_xcit.checkpoints.convert` writes them. A tensor that no rule knows keeps its name, for
-`ssl_xcit.checkpoints.architecture.check_tensors` to find: nothing is dropped on the way.
+These are functions of dictionaries of tensors; `ssl_xcit.checkpoints.read` reads the files and
+`ssl_xcit.checkpoints.convert` writes them. A tensor that no rule knows keeps its name, and
+`ssl_xcit.checkpoints.architecture.check_tensors` finds it: nothing is dropped silently.
 """
 
 import re
@@ -24,22 +24,21 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 CLASSIFIER = ("head.weight", "head.bias")
 
-# How the programs that write training files call their networks -> how we do; the first one of a
-# family is what is read when nothing is asked for.
+# Names of the networks in training files -> ours. The first of a family is read by default.
 FAMILIES = (
     {"teacher": "teacher", "student": "student"},  # DINO
     {"model": "model", "model_ema": "model_ema"},  # XCiT
     {"state_dict": "model", "state_dict_ema": "model_ema"},  # mmpretrain, timm, DINO's linear probe
 )
-# What else such files hold, of no use without the training that wrote it.
+# Other entries of such files, useless without the training that wrote them.
 EXTRAS = {
     *("optimizer", "lr_scheduler", "scheduler", "param_schedulers", "epoch", "args", "meta"),
     *("model_ema", "scaler", "fp16_scaler", "amp_scaler", "loss_scaler", "dino_loss", "best_acc"),
     *("message_hub", "ema_state_dict", "arch", "version", "metric"),
 }
 
-# Parts of keys, official -> mmpretrain: each key meets at most one rule for its start and one for
-# its layer. In this order the reverse holds too.
+# Parts of keys, official -> mmpretrain. Each key matches at most one rule for its start and one for
+# its layer; in this order the rules also work backwards.
 MMPRETRAIN = (
     (".pos_embeder.token_projection.", ".pos_embed.token_projection.conv."),
     (".blocks.", ".xca_layers."),
@@ -58,11 +57,11 @@ WEIGHT_NORM = {
 
 
 class Contents(NamedTuple):
-    """What a file holds, before its names are looked at."""
+    """What a file holds, before its names are examined."""
 
-    networks: dict[str, StateDict]  # by role; the first is the one to take when none is asked for
+    networks: dict[str, StateDict]  # by role; the first is the default
     center: Tensor | None  # DINO's
-    ignored: list[str]  # entries known to be of no use here
+    ignored: list[str]  # known entries that are not used here
     ours: bool = False  # written by this project
     step: int | None = None  # of a checkpoint
     statistics: Statistics | None = None  # mean and standard deviation of the images
@@ -72,12 +71,12 @@ class Named(NamedTuple):
     """One network under the official names."""
 
     format: str
-    state: StateDict  # with the classifier if there is one, and with whatever no rule knows
+    state: StateDict  # with the classifier if there is one, and with unknown tensors
     dino_head: StateDict  # under `ssl_xcit.dino.head.DINOHead`'s names; empty without
 
     @property
     def foreign(self) -> bool:
-        """Whether these names are never written by this project."""
+        """Whether this project never trains under these names."""
         return self.format in ("timm", "mmpretrain")
 
 
@@ -85,10 +84,9 @@ class Named(NamedTuple):
 
 
 def unwrap(content: object, path: object) -> Contents:
-    """The networks in what a .pth holds: a state dict, or a dictionary around one or two.
+    """The networks in the content of a .pth: a state dict, or a dictionary of one or two of them.
 
-    Raises UserError (naming `path`) for anything else, and for entries that hold tensors and are
-    not known to be a training's own.
+    Raises UserError (naming `path`) for anything else, and for unknown entries that hold tensors.
     """
     if not isinstance(content, dict) or not content or not all(isinstance(k, str) for k in content):
         raise UserError(f"{path} holds no state dict but a {type(content).__name__}")
@@ -158,10 +156,9 @@ def choose(contents: Contents, role: str, path: object) -> str:
 
 
 def to_official(state: StateDict, path: object) -> Named:
-    """One network under the official names, whatever its names are.
+    """One network under the official names, from any format.
 
-    Prefixes are stripped at the start of keys only. Raises UserError when the names are nobody's,
-    or when two tensors would get one name.
+    Raises UserError when no format has these names, or when two tensors would get the same name.
     """
     if all(key.startswith("module.") for key in state):  # DistributedDataParallel
         state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
@@ -177,7 +174,7 @@ def to_official(state: StateDict, path: object) -> Named:
             f"{path} is no XCiT: no format has the names of its {len(state)} tensors "
             f"({listing(state)})"
         )
-    if dino:  # which may have trained timm's model
+    if dino:  # DINO may have trained timm's model
         return Named("dino", from_timm(state, path) if timm else state, head)
     if timm:
         return Named("timm", from_timm(state, path), {})
@@ -210,7 +207,7 @@ def from_mmpretrain(state: StateDict, path: object = "the state dict") -> StateD
             return re.sub(r"^head\.fc\.(weight|bias)$", r"head.\1", key)
         key = key.removeprefix("backbone.")
         if found := re.fullmatch(r"patch_embed\.proj\.(\d+)\.(conv|bn)\.(\w+)", key):
-            # the official stem counts the activations between its layers too
+            # the official stem also counts the activations between its layers
             return f"patch_embed.proj.{2 * int(found[1])}.{int(found[2] == 'bn')}.{found[3]}"
         key = f".{key}"
         for official, theirs in MMPRETRAIN:
@@ -257,7 +254,7 @@ def _rename(
 
 
 def _split_dino_head(state: StateDict) -> tuple[StateDict, StateDict]:
-    """(backbone and whatever is unknown, projection head without `head.`)."""
+    """(backbone and unknown tensors, projection head without `head.`)."""
     rest, head = {}, {}
     for key, tensor in state.items():
         layer = key.removeprefix("head.")
@@ -275,7 +272,7 @@ def _one_of_qkv(key: str) -> re.Match[str] | None:
 
 
 def _join_qkv(state: StateDict) -> StateDict:
-    """Class attention's q, k and v stacked to qkv, where all three are there and alike."""
+    """Class attention's q, k and v stacked into qkv, where all three exist and match."""
     joined: StateDict = {}
     used: set[str] = set()
     for key, tensor in state.items():
@@ -294,7 +291,7 @@ def _join_qkv(state: StateDict) -> StateDict:
 
 
 def _split_qkv(state: StateDict) -> StateDict:
-    """The reverse of `_join_qkv`; each part owns its memory, as files want it."""
+    """The reverse of `_join_qkv`; each part owns its memory, as files require."""
     split: StateDict = {}
     for key, tensor in state.items():
         found = re.fullmatch(r"(cls_attn_blocks\.\d+\.attn\.)qkv(\.weight|\.bias)", key)

@@ -1,9 +1,9 @@
-"""The 42 published supervised XCiT models, and which of them a file is.
+"""The 42 published supervised XCiT models, and how to recognise their files.
 
 The facts are in configs/supervised_models.csv. Names, accuracies, parameters, FLOPs, dates and
-hashes: mmpretrain's metafile (open-mmlab/mmpretrain, configs/xcit/metafile.yml), whose files were
-converted from facebookresearch/xcit's; full_crop_*: timm's results-imagenet.csv, the same weights
-with timm's and XCiT's own preprocessing.
+hashes are from mmpretrain's metafile (open-mmlab/mmpretrain, configs/xcit/metafile.yml), whose
+files were converted from facebookresearch/xcit's. full_crop_* is from timm's results-imagenet.csv:
+the same weights with timm's and XCiT's own preprocessing.
 """
 
 import csv
@@ -31,9 +31,9 @@ class ZooModel:
     """Percent, with the whole short side in the central crop (XCiT's --full_crop, timm)."""
     full_crop_top5: float
     params_M: str  # noqa: N815 - the unit
-    """Millions, the digits as printed; with the classifier of 1,000 classes."""
+    """Millions, digits as published; with the classifier of 1,000 classes."""
     flops_G: str  # noqa: N815
-    """Thousand millions, the digits as printed; see `ssl_xcit.models.flops` for what is counted."""
+    """Billions, digits as published; `ssl_xcit.models.flops` says what is counted."""
     params: int
     flops: int
     date: str
@@ -53,7 +53,7 @@ class ZooModel:
 
     @property
     def distilled(self) -> bool:
-        """Whether it learned from a teacher beside the labels."""
+        """Whether it was trained with a teacher besides the labels."""
         return "-dist_" in self.name
 
     @property
@@ -69,7 +69,7 @@ class ZooModel:
 
     @property
     def official_file(self) -> str:
-        """The file of facebookresearch/xcit that it was converted from."""
+        """The original file of facebookresearch/xcit."""
         return f"{self.arch}_{self.image_size}{'_dist' if self.distilled else ''}.pth"
 
     @property
@@ -78,7 +78,7 @@ class ZooModel:
         return f"{self.arch}_{self.image_size}.fb_{'dist_' if self.distilled else ''}in1k"
 
     def published(self, full_crop: bool) -> tuple[float, float]:
-        """(top-1, top-5) in percent, with the one preprocessing or the other."""
+        """(top-1, top-5) in percent: timm's figures with `full_crop`, else mmpretrain's."""
         if full_crop:
             return self.full_crop_top1, self.full_crop_top5
         return self.top1, self.top5
@@ -100,14 +100,14 @@ def _row(line: Mapping[str, str]) -> ZooModel:
 
 
 def by_hash(sha256: str) -> ZooModel | None:
-    """The model whose published file has this sha256 (its first 8 digits decide)."""
+    """The model whose published file has this sha256, by its first 8 digits."""
     return next((row for row in zoo().values() if row.sha8 == sha256[:8]), None)
 
 
 def by_file_name(path: str | Path) -> ZooModel | None:
-    """The model that a file is called after, by mmpretrain's, XCiT's or timm's way of naming.
+    """The model that a file is named after, in mmpretrain's, XCiT's or timm's convention.
 
-    mmpretrain's date and hash may be missing or other ones; the ending is free.
+    mmpretrain's date and hash may be missing or differ; any extension will do.
     """
     stem = re.sub(r"\.(pth|pt|bin|safetensors)$", "", Path(path).name)
     stem = re.sub(r"_\d{8}-[0-9a-f]{8}$", "", stem)

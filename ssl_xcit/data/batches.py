@@ -1,4 +1,4 @@
-"""Batches in the making: worker threads render views into shared buffers."""
+"""How batches are made: worker threads render views into shared memory."""
 
 import os
 import weakref
@@ -21,15 +21,15 @@ from ssl_xcit.runtime.processor import usable_cores
 
 DTYPES = {torch.uint8: np.uint8, torch.float32: np.float32}
 FILTERS = {"bicubic": kernels.BICUBIC, "bilinear": kernels.BILINEAR}
-# What a view and the kernels' description of it call alike
+# Fields with the same name in a view and in the kernels' description of it
 SAME_NAMES = ("flip", "jitter", "grayscale", "blur", "solarize", "one_of")
 
 
 def default_threads() -> int:
     """This process's share of the cores it may use, at least 1.
 
-    The processes of a host (LOCAL_WORLD_SIZE) share them, unless each has been given its own: then
-    all of them together have no more cores than the host.
+    The processes of a host (LOCAL_WORLD_SIZE) share its cores, unless each has cores of its own:
+    then all of them together have no more than the host.
     """
     cores = usable_cores()
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -39,8 +39,8 @@ def default_threads() -> int:
 
 
 @dataclass
-class _Batch:
-    """A batch in the making: its memory, and what each place of it will show."""
+class Batch:
+    """A batch being made: its memory, and what each place of it will show."""
 
     indices: Int64[np.ndarray, "n"]
     keys: UInt64[np.ndarray, "n"]
@@ -52,8 +52,8 @@ class _Batch:
     futures: list[Future]
 
 
-class _Renderer:
-    """Everything about a loader that the kernels need to know."""
+class Renderer:
+    """What the kernels need to know of a loader."""
 
     def __init__(
         self,
@@ -89,8 +89,8 @@ class _Renderer:
         self.num_threads = num_threads or default_threads()
         self.memory = _Memory()
 
-    def allocate(self, indices: np.ndarray, keys: np.ndarray) -> _Batch:
-        """Memory for a batch of these images."""
+    def allocate(self, indices: np.ndarray, keys: np.ndarray) -> Batch:
+        """A batch of these images, not rendered yet."""
         n, channels = len(indices), self.beton.channels
         itemsize = np.dtype(self.dtype).itemsize
         offsets, places, size = [], [], 0
@@ -108,10 +108,10 @@ class _Renderer:
             tensors.append(torch.from_numpy(values).view(shape))
         status = np.zeros(n, np.uint8)
         counter = np.zeros(1, np.int64)
-        return _Batch(indices, keys, status, flat, np.array(offsets), tensors, counter, futures=[])
+        return Batch(indices, keys, status, flat, np.array(offsets), tensors, counter, futures=[])
 
     def render(
-        self, batch: _Batch, slots: np.ndarray, indices: np.ndarray, counter: np.ndarray
+        self, batch: Batch, slots: np.ndarray, indices: np.ndarray, counter: np.ndarray
     ) -> None:
         """Fill places of a batch, together with the other threads that share the counter."""
         beton = self.beton
@@ -122,23 +122,23 @@ class _Renderer:
         )  # fmt: skip
 
 
-class _Batches:
-    """The batches of one iteration, in order, `prefetch` of them in the making or waiting."""
+class Batches:
+    """The batches of one iteration, in order, `prefetch` of them being made or waiting."""
 
     def __init__(
         self,
-        renderer: _Renderer,
+        renderer: Renderer,
         plan: Iterator[tuple[np.ndarray, np.ndarray]],
         prefetch: int,
     ) -> None:
         self._renderer, self._plan, self._prefetch = renderer, plan, prefetch
         self._pool = ThreadPoolExecutor(renderer.num_threads, thread_name_prefix="views")
-        self._pending: deque[_Batch] = deque()
-        # Called by close, when the last reference goes (an epoch left early), or at exit
+        self._pending: deque[Batch] = deque()
+        # Called by close, when the last reference dies (an epoch left early), or at exit
         self._end = weakref.finalize(self, _stop, self._pool, self._pending)
         self._order()
 
-    def next(self) -> _Batch | None:
+    def next(self) -> Batch | None:
         """The next batch, None after the last.
 
         Raises:
@@ -153,7 +153,7 @@ class _Batches:
         return batch
 
     def close(self) -> None:
-        """Stop the threads, without finishing what they are at."""
+        """Stop the threads without finishing their batches."""
         self._end()
 
     def _order(self) -> None:
@@ -170,22 +170,22 @@ class _Batches:
             self._pending.append(batch)
 
 
-def _stop(pool: ThreadPoolExecutor, pending: deque[_Batch]) -> None:
+def _stop(pool: ThreadPoolExecutor, pending: deque[Batch]) -> None:
     """End the threads of an iteration."""
     for batch in pending:
-        batch.counter[0] = len(batch.indices)  # no place left to fill: the threads return at once
+        batch.counter[0] = len(batch.indices)  # no place left to fill: the threads return
     pending.clear()
-    with suppress(RuntimeError):  # the garbage collector may run in one of the threads themselves
+    with suppress(RuntimeError):  # the garbage collector may run in one of these threads
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 class _Memory:
-    """Memory for batches, used again when no tensor refers to it any more.
+    """Memory for batches, reused when no tensor refers to it any more.
 
-    Fresh memory would cost its page faults in every batch. A batch borrows its memory through an
-    array of its own, which every tensor of the batch, or made from one by indexing, keeps alive;
-    when the last one goes, the memory comes back. Pinned memory is torch's own affair: it also
-    waits for the copies to the GPU that are still under way.
+    Fresh memory would cost page faults in every batch. A batch borrows its memory through an array
+    that all its tensors, and tensors made from them by indexing, keep alive; when the last of them
+    dies, the memory returns. torch manages pinned memory itself, since that must also wait for
+    copies to the GPU still under way.
     """
 
     def __init__(self) -> None:
@@ -198,7 +198,7 @@ class _Memory:
         memory = self.free.pop() if self.free else np.empty(size, np.uint8)
         if memory.size < size:
             memory = np.empty(size, np.uint8)
-        # By way of a memoryview: numpy lets views of a slice refer to the whole, not to the slice
+        # A memoryview, because views of a plain slice refer to the whole array, not to the slice
         borrowed = np.asarray(memoryview(memory)[:size])
         weakref.finalize(borrowed, self.free.append, memory).atexit = False
         return borrowed

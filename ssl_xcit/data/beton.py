@@ -16,11 +16,11 @@ The format is version 2 of ffcv 1.0.2 (`ffcv/types.py`), little-endian:
 
 What FFCV has no place for lies between the images and the table, where stock ffcv never looks: a
 JSON object (class names, channels, source, options, counts: `Beton.info`) and one CRC-32 (u32) per
-image. The image field's arguments, unused by ffcv, say where (`REFERENCE`). Stock ffcv reads our
-files, except images of other than 3 channels, which it does not know. We read stock ffcv's files:
-their first image field and the integer field `label`; other fields are ignored.
+image. The image field's arguments, unused by ffcv, point there (`REFERENCE`). Stock ffcv reads our
+files if the images have 3 channels. We read stock ffcv's files: their first image field and the
+integer field `label`; other fields are ignored.
 
-`import ffcv` is avoided on purpose: it takes seconds and changes torch's and numba's global state.
+We avoid `import ffcv`: it takes seconds and changes torch's and numba's global state.
 """
 
 import io
@@ -70,7 +70,7 @@ PAGE = 8 << 20
 
 
 class Beton:
-    """A .beton file, mapped into memory and checked in full except for the images themselves.
+    """A .beton file, mapped into memory and fully checked, except for the images themselves.
 
     The map is read-only and is the page cache itself, so all processes of a host share it.
     Opening reads about 50 bytes per image (1.3 million images: 0.1 s, 140 MB of memory).
@@ -136,7 +136,7 @@ class Beton:
         self.class_names: tuple[str, ...] | None = None if names is None else tuple(names)
         self._check_samples(samples_end, table_start)
         if self.info:
-            crc = _index_crc(header, fields, self.data[fields_end:samples_end], table)
+            crc = index_crc(header, fields, self.data[fields_end:samples_end], table)
             if crc != reference["index_crc"]:
                 self._refuse("its index does not match its checksum")
 
@@ -144,7 +144,7 @@ class Beton:
         return self.num_samples
 
     def decode(self, index: int) -> UInt8[np.ndarray, "h w c"]:
-        """Pixels of one image, JPEGs by Pillow: for tools and tests, the loader is faster."""
+        """Pixels of one image, by Pillow: for tools and tests; the loader is faster."""
         stored = self.data[self.pointers[index] :][: self.sizes[index]]
         if self.modes[index] == RAW:
             return np.array(stored).reshape(self.heights[index], self.widths[index], -1)
@@ -153,7 +153,7 @@ class Beton:
     def _read_samples(
         self, fields: np.ndarray, table: np.ndarray, start: int, table_start: int
     ) -> int:
-        """Fills the per-image arrays; returns where the samples' records end."""
+        """Fill the per-image arrays; returns where the samples' records end."""
         types = fields["type_id"].tolist()
         if not set(types) <= set(RECORDS) or IMAGE_FIELD not in types:
             self._refuse(f"expected FFCV's field types 0-6, one of them 2 (image), got {types}")
@@ -193,7 +193,7 @@ class Beton:
     def _read_notes(self, reference: np.void, table_start: int) -> None:
         start = int(reference["pointer"])
         json_end = start + int(reference["json_size"])
-        checksums_start = _round_up(json_end, 8)
+        checksums_start = round_up(json_end, 8)
         end = checksums_start + 4 * self.num_samples
         known = reference["magic"] == MAGIC and end <= table_start
         if not known or zlib.crc32(self.data[start:end]) != reference["notes_crc"]:
@@ -204,7 +204,7 @@ class Beton:
     def _check_samples(self, samples_end: int, table_start: int) -> None:
         self._refuse_any(self.modes > RAW, "an unknown mode")
         self._refuse_any((self.heights == 0) | (self.widths == 0), "a height or width of 0")
-        # A u64 beyond int64 has become negative, so that the subtraction cannot overflow
+        # A u64 beyond int64 has become negative, so the subtraction cannot overflow
         outside = (self.pointers < samples_end) | (self.sizes <= 0)
         outside |= self.sizes > table_start - self.pointers
         self._refuse_any(outside, "bytes outside of the image region")
@@ -222,24 +222,15 @@ class Beton:
             self._refuse(f"{wrong.sum():,} of its images (first: {wrong.argmax()}) have {what}")
 
 
-def _index_crc(
+def index_crc(
     header: np.ndarray | np.void, fields: np.ndarray, samples: np.ndarray, table: np.ndarray
 ) -> int:
     crc = 0
-    # The fields' arguments are left out, since this number is one of them
+    # Without the fields' arguments, since this number is one of them
     for part in (header, fields["type_id"], fields["name"], samples, table):
         crc = zlib.crc32(part.tobytes(), crc)
     return crc
 
 
-def _round_up(position: int, multiple: int) -> int:
+def round_up(position: int, multiple: int) -> int:
     return -(-position // multiple) * multiple
-
-
-# Writing
-
-
-# Checking and showing
-
-
-# The command

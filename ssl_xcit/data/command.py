@@ -19,9 +19,9 @@ from ssl_xcit.runtime.errors import UserError, exit_on_user_error
 def verify_beton(
     path: str | Path, workers: int = 0, progress: bool = True
 ) -> list[tuple[int, str]]:
-    """(index, what is wrong) of every image whose bytes, size or pixels are not as they should be.
+    """(index, what is wrong) of every damaged image.
 
-    Compares checksums (files of our writer) and decodes each JPEG with the loader's decoder.
+    Compares checksums (in files of our writer) and decodes each JPEG with the loader's decoder.
 
     Raises:
         UserError: the file cannot be opened; see `Beton`.
@@ -29,14 +29,14 @@ def verify_beton(
     beton = Beton(path)
 
     def check(i: int) -> str | None:
-        # pread, not the map: page faults would hold the interpreter's lock while disks work
+        # pread, not the map: page faults would hold the GIL while the disk works
         data = os.pread(file.fileno(), beton.sizes[i], beton.pointers[i])
         if beton.checksums is not None and zlib.crc32(data) != beton.checksums[i]:
             return "its bytes do not match their checksum"
         if beton.modes[i] == RAW:
             return None
         problem = jpeg_problem(data, int(beton.heights[i]), int(beton.widths[i]))
-        # What matches its checksum is as the writer stored it, which has named such images
+        # If the checksum matches, the writer has seen and named this image
         if problem and is_harmless(problem) and beton.checksums is not None:
             return None
         return problem
@@ -63,7 +63,7 @@ def describe(beton: Beton) -> str:
     else:
         names = beton.class_names or ()
         counts = np.unique(beton.labels, return_counts=True)[1]
-        if names:  # then there may be classes without images
+        if names:  # there may be classes without images
             counts = np.bincount(beton.labels, minlength=len(names))
         some = ": " + ", ".join(names[:5]) + (", ..." if names[5:] else "") if names else ""
         spread = f"{counts.min():,} to {counts.max():,}"
@@ -83,7 +83,7 @@ def _megabytes(size: int) -> str:
 
 def _write_command(args: argparse.Namespace) -> None:
     options = {k: v for k, v in vars(args).items() if k not in ("run", "command")}
-    # So that SIGTERM, a batch system's way to stop a job, removes the temporary file too
+    # SIGTERM, by which batch systems stop a job, must remove the temporary file too
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         done = write_beton(**options)
@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
         "--quality",
         type=int,
         default=90,
-        help="of JPEGs encoded here (90); JPEGs that keep their size stay as they are",
+        help="of JPEGs encoded here (90); the bytes of JPEGs that keep their size are kept",
     )
     write.add_argument(
         "--exif",
@@ -157,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
         "--check",
         choices=("full", "header"),
         default="full",
-        help="decode each JPEG that is stored as it is (default), or trust it",
+        help="decode each JPEG whose bytes are kept (default), or trust it",
     )
     write.add_argument(
         "--no-labels", dest="labels", action="store_false", help="ignore the folders' names"
@@ -169,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     write.add_argument(
         "--skip-broken",
         action="store_true",
-        help="leave out what cannot be read, instead of writing nothing",
+        help="leave out unreadable images instead of writing nothing",
     )
     write.add_argument("--overwrite", action="store_true", help="replace an existing file")
     write.add_argument("--workers", type=int, default=0, help="threads (0: one per core)")
@@ -186,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; exit status 2 and one line on stderr for what a user can mend."""
+    """The command line; exit status 2 and one line on stderr for a user's mistake."""
     args = _parser().parse_args(argv)
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid Unicode
     with exit_on_user_error():

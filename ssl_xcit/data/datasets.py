@@ -1,7 +1,7 @@
-"""The images of an evaluation: from a .beton file or straight from a folder, as the same batches.
+"""The images of an evaluation, from a .beton file or from a folder, in the same batches.
 
-A folder is read by Pillow and torchvision's own transforms: slower, and for JPEGs, whose decoder
-may differ from Pillow's by a rounding, the exact pixels behind published numbers.
+A folder is read by Pillow and torchvision's own transforms: slower than the loader, but the exact
+pixels behind published numbers. (Decoders of JPEGs differ by roundings.)
 """
 
 import io
@@ -28,7 +28,7 @@ from ssl_xcit.runtime.errors import UserError
 
 
 class ImageFolder:
-    """The images below a folder, with the attributes of a `Beton` that evaluations ask for.
+    """The images below a folder, with the attributes of a `Beton` that evaluations use.
 
     Labels are the sorted names of the class folders, see `ssl_xcit.data.images.open_source`.
 
@@ -63,7 +63,7 @@ class ImageFolder:
 
 
 class FolderLoader:
-    """Batches of evaluation views of an `ImageFolder`; all else as `EvalLoader`, bytes only.
+    """Batches of evaluation views of an `ImageFolder`, as `EvalLoader` gives them, bytes only.
 
     The views are torchvision's Resize and CenterCrop of Pillow's images.
     """
@@ -81,7 +81,7 @@ class FolderLoader:
         std: Sequence[float] = IMAGENET_STD,
         subset: Int64[np.ndarray, "n"] | None = None,
     ) -> None:
-        from torchvision import transforms as T  # takes seconds; .beton files do without
+        from torchvision import transforms as T  # takes seconds to import; .beton files need none
 
         self.images, self.view, self.batch_size = images, view, batch_size
         self.mean, self.std = tuple(mean), tuple(std)
@@ -123,8 +123,8 @@ Images = Beton | ImageFolder
 def open_images(path: str | Path, channels: int = 3) -> Images:
     """The images at `path`: a folder's, else those of a .beton file.
 
-    `channels` is what a folder's images become, 3 (RGB) or 1 (gray); a file has its own.
-    Raises UserError as `ImageFolder` and `Beton` do.
+    `channels`: 3 (RGB) or 1 (gray), for a folder; a file has its own. Raises UserError as
+    `ImageFolder` and `Beton` do.
     """
     return ImageFolder(path, channels) if Path(path).is_dir() else Beton(path)
 
@@ -143,8 +143,8 @@ def evaluation_loader(
 ) -> EvalLoader | FolderLoader:
     """Batches (images, labels, indices) of this rank's share of `images`, each image once.
 
-    `subset` leaves all but these images out. `dtype` is what a file's loader makes; a folder's
-    gives bytes, which `extract_features` normalises.
+    `subset`: the images to take; default all. `dtype`: of a file's batches; a folder's are bytes,
+    which `extract_features` normalises.
     """
     share = {"rank": ranks.rank, "world_size": ranks.world_size, "num_threads": num_threads}
     share |= {"mean": mean, "std": std, "subset": subset}
@@ -154,7 +154,7 @@ def evaluation_loader(
 
 
 def check_datasets(train: Images, test: Images) -> None:
-    """Raises UserError unless both are labelled and their labels mean the same classes."""
+    """Raise UserError unless both are labelled and their labels mean the same classes."""
     for images in (train, test):
         if images.labels is None:
             raise UserError(
@@ -178,7 +178,7 @@ def check_datasets(train: Images, test: Images) -> None:
 
 
 def check_channels(in_chans: int, *datasets: Images) -> None:
-    """Raises UserError unless all of `datasets` have images for a network of `in_chans`."""
+    """Raise UserError unless the images of all `datasets` have `in_chans` channels."""
     for images in datasets:
         if images.channels != in_chans:
             raise UserError(

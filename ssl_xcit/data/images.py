@@ -1,5 +1,6 @@
-"""Images from anywhere, in the form in which they are stored: where they come from, and how each
-file's bytes, of whatever kind, become JPEG bytes or pixels. What holds them is `beton`'s business.
+"""Sources of images, and how each image becomes the JPEG bytes or pixels that are stored.
+
+`ssl_xcit.data.writer` puts them into a file.
 """
 
 import ctypes
@@ -24,9 +25,9 @@ JPG, RAW = 0, 1
 
 MAX_SIDE = 65535
 MAX_BYTES = 1 << 31
-"""FFCV's limits: sides are u16, and an image lies in one page, whose size is a u32 power of two."""
+"""FFCV's limits: sides are u16, and an image fits one page, whose size is a u32 power of two."""
 TINY = 64
-"""Mode auto stores images up to this many pixels a side raw: a JPEG's tables weigh 600 bytes."""
+"""Mode auto stores images up to this many pixels a side raw: a JPEG's tables take 600 bytes."""
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 EXTENSIONS += (".ppm", ".pgm", ".avif", ".jp2", ".npy")
@@ -114,7 +115,7 @@ def _open_folder(folder: Path, labels: bool) -> Source:
 
 
 def _walk(folder: str, prefix: str, ancestors: tuple[tuple[int, int], ...]) -> Iterator[str]:
-    """Image files below `folder`, links followed, in sorted order, relative to where it began."""
+    """Image files below `folder` in sorted order, links followed, relative to the first folder."""
     status = os.stat(folder)
     identity = (status.st_dev, status.st_ino)
     if identity in ancestors:  # a link to a folder that contains it
@@ -207,7 +208,7 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Stored:
-    """One image as it will lie in the file; `notes` say what was special about it."""
+    """One image as it is stored; `notes` say what was special about it."""
 
     data: bytes
     height: int
@@ -221,7 +222,7 @@ class BrokenImageError(Exception):
 
 
 def encode(item: bytes | np.ndarray, encoding: Encoding) -> Stored:
-    """One image file's bytes, or (h, w[, c]) pixels, in the form they are stored in.
+    """One image file's bytes, or (h, w[, c]) pixels, in the form that is stored.
 
     Raises:
         BrokenImageError, or whatever Pillow raises: `item` cannot be read.
@@ -273,17 +274,17 @@ def encode(item: bytes | np.ndarray, encoding: Encoding) -> Stored:
 
 
 def _is_turned(image: Image.Image) -> bool:
-    """Whether an EXIF tag says that the pixels are to be shown rotated or mirrored."""
+    """Whether an EXIF tag asks to rotate or mirror the pixels."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # damaged EXIF data raises anything, and does not hurt the pixels
+    except Exception:  # damaged EXIF data raises anything, but leaves the pixels intact
         return False
     # A TIFF's pixels are turned by Pillow itself
     return image.format != "TIFF" and orientation in range(2, 9)
 
 
 def _pixels_of(image: Image.Image, rotate: bool, mode: str, notes: list[str]) -> np.ndarray:
-    """8-bit pixels of the first frame, of mode L or RGB; `notes` gets what had to be changed."""
+    """8-bit pixels of the first frame, of mode L or RGB; what had to change goes to `notes`."""
     if image.format != "MPO" and getattr(image, "is_animated", False):
         notes.append("several frames, first one taken")
     if rotate:
@@ -299,7 +300,7 @@ def _pixels_of(image: Image.Image, rotate: bool, mode: str, notes: list[str]) ->
         notes.append("16 bits reduced to 8")
         image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
     if image.has_transparency_data:
-        # What lies under transparent pixels is arbitrary, and convert("RGB") would show it
+        # The colour of transparent pixels is arbitrary, and convert("RGB") would show it
         image = image.convert("RGBA")
         if image.getchannel("A").getextrema()[0] < 255:
             notes.append("transparency laid over white")
@@ -333,9 +334,9 @@ def _is_plain_jpeg(data: bytes) -> bool:
 
 
 def jpeg_problem(jpeg: bytes, height: int, width: int) -> str | None:
-    """What keeps libjpeg-turbo, the loader's decoder, from a faultless RGB or gray JPEG, or None.
+    """What libjpeg-turbo, the loader's decoder, reports of an RGB or gray JPEG; None: nothing.
 
-    Pillow is no judge: it ignores libjpeg's warnings, and shows gray where the data is corrupt.
+    Pillow cannot tell: it ignores libjpeg's warnings, and shows gray where the data is corrupt.
     """
     turbo = _turbojpeg()
     pixels, sizes = np.empty(height * width * 3, np.uint8), np.empty(4, np.int32)
@@ -355,7 +356,7 @@ def jpeg_problem(jpeg: bytes, height: int, width: int) -> str | None:
 
 
 def is_harmless(problem: str) -> bool:
-    """Whether the loader shows such an image as it decodes, as Pillow would; else it refuses it."""
+    """Whether the loader shows such an image, as Pillow does; otherwise it refuses it."""
     return re.match(r"Corrupt JPEG data: \d+ extraneous bytes", problem) is not None
 
 

@@ -1,20 +1,19 @@
 """Compiled image kernels: decode a JPEG once, write every view of it, in Pillow's own arithmetic.
 
-Every operation works on bytes as Pillow's does, with the same rounding in the same places, so a
-view equals what torchvision's transforms give on a PIL image with the same parameters (crop,
-resize, flip, colour, grayscale, blur, solarize: equal; hue: see `adjust_hue`). As Pillow rounds to
-8 bits after every operation, a byte per value is also the fastest form: an image of 224 x 224 lies
-in the L2 cache, and 64 values fill one vector register.
+Every operation works on bytes and rounds where Pillow's does, so a view equals what torchvision's
+transforms make of a PIL image with the same parameters. (For hue see `adjust_hue`.) Since Pillow
+rounds to 8 bits after every operation, one byte per value is also fastest: an image of 224 x 224
+fits the L2 cache, and 64 values fill one vector register.
 
-All arithmetic is integer or correctly rounded float (no fast-math, no fused multiply-add), so the
+All arithmetic is integer or correctly rounded float (no reordering, no fused multiply-add), so the
 bits depend neither on the CPU's vector width nor on the number of threads. The one exception is
 `math.exp` in `random_crop`, which the C library computes.
 
 The JPEG decoder is libjpeg-turbo, called directly: FFCV's `imdecode` asks for the fast, inaccurate
 DCT and drops warnings.
 
-All kernels live in this one file because numba's cache is keyed by file: a callee that changed in
-another file would not be noticed. They hold no state and release the GIL.
+All kernels are in this one file because numba's cache is keyed by file: it would not notice a
+change of a callee in another file. They hold no state and release the GIL.
 """
 
 import inspect
@@ -54,13 +53,13 @@ tj_error_code = types.ExternalFunction("tjGetErrorCode", _int(_address))
 tj_error_text = types.ExternalFunction("tjGetErrorStr2", _address(_address))
 TJPF_RGB, TJFLAG_ACCURATEDCT, TJERR_WARNING = 0, 4096, 0
 
-# NaN and infinity cannot occur, so minimum and maximum may compile to one instruction each. Nothing
-# here lets the compiler reorder or fuse.
+# NaN and infinity cannot occur, so minimum and maximum may compile to one instruction each. None of
+# these flags lets the compiler reorder or fuse.
 JIT = {"nogil": True, "error_model": "numpy", "fastmath": {"nnan", "ninf", "nsz"}}
 
 
 def _can_cache() -> bool:
-    """Whether numba finds a folder for its cache: beside this file, or the user's cache folder."""
+    """Whether numba can write its cache, beside this file or in the user's cache folder."""
     try:
         njit(cache=True)(lambda: None)
     except RuntimeError:
@@ -82,7 +81,7 @@ U64 = np.uint64
 F32 = np.float32
 
 OK, DAMAGED, CORRUPT, TRUNCATED, WRONG_SIZE = 0, 1, 2, 3, 4
-"""Status of an image: DAMAGED is shown as decoded (Pillow does so too), the rest is not."""
+"""Status of an image: DAMAGED is shown as decoded, as in Pillow; the others after OK are not."""
 
 BICUBIC, BILINEAR = 0, 1
 RANDOM_CROP, CENTER_CROP, SQUARE, SIMPLE_CROP = 0, 1, 2, 3
@@ -144,7 +143,7 @@ add32, mul32, shift32 = _int32("add"), _int32("mul"), _int32("lshr")
 
 @intrinsic
 def take_next(_, counter):
-    """counter[0]++ as one atomic step: the next piece of work for whichever thread is free."""
+    """counter[0]++, atomically: the next piece of work for whichever thread is free."""
 
     def code(context, builder, signature, arguments):
         start = _pointers(context, builder, signature, arguments)[0]
@@ -289,7 +288,7 @@ def _store(builder, base, offset, value) -> None:
 
 @kernel
 def copy(out, out_start, source, start, count):
-    """out[out_start + q] = source[start + q], q < count: 80 times as fast as to assign a slice."""
+    """out[out_start + q] = source[start + q], q < count: 80 times as fast as assigning a slice."""
     out, source = out[out_start : out_start + count], source[start : start + count]
     for q in range(count):
         out[q] = source[q]
@@ -320,7 +319,7 @@ def sample_keys(
     return mix64_array(mix64_array(key) ^ indices.astype(U64))
 
 
-# Draws of an image that belong to no view: its place in the epoch's order, and what replaces it if
+# Streams of an image that belong to no view: its place in the epoch's order, and its replacement if
 # it is corrupt. The first is mix64(0), where view v has mix64(v + 1).
 ORDER_STREAM = mix64_array(np.zeros(1, U64))[0]
 SUBSTITUTE_STREAM = mix64_array(np.array([2**63], U64))[0]
@@ -337,8 +336,8 @@ def draw(draws, key):
 def random_crop(draws, height, width, scale, log_ratio):
     """(top, left, height, width) of a random crop, drawn as torchvision's RandomResizedCrop does.
 
-    Ten tries of an area in `scale` of the image and an aspect ratio whose logarithm is uniform in
-    `log_ratio`; then the largest centred crop of an allowed ratio.
+    Ten attempts with an area in `scale` of the image and an aspect ratio whose logarithm is uniform
+    in `log_ratio`; then the largest central crop of an allowed ratio.
     """
     for attempt in range(10):
         area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[2 * attempt])
@@ -471,8 +470,8 @@ def make_scratch(views, channels, max_pixels, max_height, max_width):
 def horizontal_pass(out, plane, padded, work, source, start, line, rows, width, side, channels):
     """Filter `rows` rows of interleaved pixels along x, into out[c * plane + y * padded + x].
 
-    A weighted sum is fast along memory, so it runs on columns: 32 rows are transposed, weighted
-    (all channels of 32 rows in one sum) and transposed back.
+    Weighted sums are fast along contiguous memory, so 32 rows are transposed, weighted (all
+    channels of 32 rows in one sum) and transposed back.
     """
     depth = channels * ROWS
     for y in range(0, rows, ROWS):
@@ -616,8 +615,8 @@ def grayscale(image):
 def adjust_hue(image, shift):
     """Turn the hue by `shift` (0 to 255, in 1/255 turns, modulo 256), through 8-bit HSV; RGB.
 
-    Equal to Pillow's for all 2**24 colours, which takes care in one place: Pillow adds up the hue's
-    terms in double precision and rounds the sum to single.
+    Equal to Pillow's for all 2**24 colours. One place needs care: Pillow adds the terms of the hue
+    in double precision and rounds the sum to single.
     """
     n = image.size // 3
     reds, greens, blues = image[:n], image[n : 2 * n], image[2 * n :]
@@ -746,8 +745,8 @@ def box_pass(out, source, start, count, step, radius, inner, outer):
 def blur(image, channels, size, sigma, a, b):
     """Gaussian blur of planes in place as Pillow's: three box filters along x, three along y.
 
-    Each plane is copied into a frame that repeats its edge, so that a filter is one loop over the
-    whole plane in either direction.
+    Each plane is copied into a frame that repeats its edges, so a filter is one loop over the whole
+    plane in either direction.
     """
     exact = box_radius(sigma)
     radius = int(exact)
@@ -783,16 +782,16 @@ def blur(image, channels, size, sigma, a, b):
 
 @kernel
 def simple_offset(uniform, out_size, size):
-    """Where a SIMPLE_CROP begins along an axis: -PADDING .. out_size + PADDING - size."""
+    """Start of a SIMPLE_CROP along an axis: -PADDING .. out_size + PADDING - size."""
     return int(uniform * (out_size - size + 2 * PADDING + 1)) - PADDING
 
 
 @kernel
 def shift_reflected(planes, channels, size, down, right, before):
-    """Move planes in place, as if the window over the image lay `down` and `right` of where it is.
+    """Move planes in place, as if the window over the image were `down` and `right` of its place.
 
-    At most one of the edges of an axis is crossed, and what lies beyond it is the image's
-    reflection (the edge itself not repeated). `before`: room for a plane.
+    At most one edge of an axis is crossed; beyond it lies the image's reflection (without the edge
+    itself). `before`: room for a plane.
     """
     for c in range(channels):
         plane = planes[c * size * size : (c + 1) * size * size]
@@ -808,7 +807,7 @@ def shift_reflected(planes, channels, size, down, right, before):
 
 @kernel
 def geometry(view, height, width, draws):
-    """What part of an image a view shows: (box, out_size, window, flip), see `resize`."""
+    """The part of an image that a view shows: (box, out_size, window, flip), see `resize`."""
     size = view.size
     if view.kind == RANDOM_CROP:
         box = random_crop(draws, height, width, view.scale, view.log_ratio)
@@ -899,8 +898,8 @@ def decode(work, decoder, stored, height, width, mode, channels):
     ):
         if tj_error_code(decoder) != TJERR_WARNING:
             return CORRUPT
-        # "Premature end of JPEG file", where Pillow raises; "Corrupt JPEG data: 12 extraneous
-        # bytes", after which the picture is whole; "Corrupt JPEG data: bad Huffman code" and others
+        # "Premature end of JPEG file", for which Pillow raises; "Corrupt JPEG data: 12 extraneous
+        # bytes", after which the image is whole; "Corrupt JPEG data: bad Huffman code" and others
         text = tj_error_text(decoder)
         if byte_at(text) == 80:
             return TRUNCATED
@@ -918,7 +917,7 @@ def render(
 
     Args:
         data, pointers, sizes, heights, widths, modes, channels: the file, see `Beton`.
-        slots: which places of the batch to fill, (m,) int64.
+        slots: the places of the batch to fill, (m,) int64.
         indices: image of each place, (n,) int64.
         keys: random key of each place, (n,) uint64.
         views: (v,) VIEW.

@@ -1,13 +1,12 @@
 """Batches of views from a .beton file: each image is decoded once, all its views follow from it.
 
-Every random choice is a function of (seed, epoch, image, view, draw) and the order of an epoch one
-of (seed, epoch), see `ssl_xcit/runtime/draws.py`. So the batches are the same bits for any number
-of threads, a step sees the same images for any number of ranks, and a resumed epoch goes on exactly
-as it would have.
+Every random choice is a function of (seed, epoch, image, view, draw), and the order of an epoch one
+of (seed, epoch), see `ssl_xcit/runtime/draws.py`. So batches do not depend on the number of
+threads, a step sees the same images for any number of ranks, and a resumed epoch continues exactly.
 
-There is no loader process and no thread of the loader's own: `next` waits for the oldest batch and
-orders a new one. A batch in the making is one atomic counter; each worker thread takes the next
-image from it until none is left, without the GIL, and goes on with the following batch.
+There is no loader process or thread: `next` waits for the oldest batch and orders a new one. Worker
+threads share the batch being made through one atomic counter: without the GIL, each takes the next
+image until none is left, then continues with the following batch.
 """
 
 import itertools
@@ -23,7 +22,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from ssl_xcit.data import kernels
-from ssl_xcit.data.batches import _Batch, _Batches, _Renderer
+from ssl_xcit.data.batches import Batch, Batches, Renderer
 from ssl_xcit.data.beton import Beton
 from ssl_xcit.data.pixels import IMAGENET_MEAN, IMAGENET_STD
 from ssl_xcit.data.views import EvalView, Recipe, View
@@ -51,24 +50,27 @@ def epoch_order(seed: int, epoch: int, num_samples: int) -> Int64[np.ndarray, "n
 def rank_share(
     images: Int64[np.ndarray, "m"], rank: int, world_size: int
 ) -> Int64[np.ndarray, "n"]:
-    """An evaluation's images of a rank: the rank-th of world_size contiguous parts."""
+    """The images that a rank evaluates: the rank-th of world_size contiguous parts."""
     return images[len(images) * rank // world_size : len(images) * (rank + 1) // world_size]
 
 
 def parts_of(indices: Int64[np.ndarray, "n"], size: int) -> list[Int64[np.ndarray, "m"]]:
-    """`indices` in batches of `size`, the last one smaller if they do not come out even."""
+    """`indices` in batches of `size`; the last one may be smaller."""
     return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
 def labels_at(
     labels: Int64[np.ndarray, "m"] | None, indices: Int64[np.ndarray, "n"]
 ) -> Int64[Tensor, "n"]:
-    """The labels of these images, -1 when there are none."""
+    """The labels of these images; -1 without labels."""
     return torch.from_numpy(np.full(len(indices), -1) if labels is None else labels[indices])
 
 
 class _Loader:
-    """What the loaders share: the file, its images, and how batches are handed out.
+    """What both loaders share: the file, its images, and the way of a batch to the caller.
+
+    A subclass gives `_plan`, the (images, their random keys) of every batch of an iteration, and
+    `_finish`, the tensors that the caller gets of a decoded batch.
 
     Attributes:
         wait_seconds: time that callers have spent waiting for batches so far.
@@ -79,20 +81,20 @@ class _Loader:
         beton: Beton | str | Path,
         views: Sequence[Sequence[View | EvalView]],
         batch_size: int,
-        subset: Int64[np.ndarray, "n"] | None,
-        num_threads: int,
-        dtype: torch.dtype,
-        mean: Sequence[float],
-        std: Sequence[float],
-        prefetch: int,
+        num_threads: int = 0,
+        dtype: torch.dtype = torch.uint8,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        prefetch: int = 2,
+        subset: Int64[np.ndarray, "n"] | None = None,
     ) -> None:
         self.beton = beton if isinstance(beton, Beton) else Beton(beton)
         self.batch_size, self.prefetch = batch_size, prefetch
         self.images = np.arange(len(self.beton)) if subset is None else subset
         self.mean, self.std = tuple(mean), tuple(std)
         self.wait_seconds = 0.0
-        self._renderer = _Renderer(self.beton, views, dtype, self.mean, self.std, num_threads)
-        self._batches: weakref.ref[_Batches] | None = None
+        self._renderer = Renderer(self.beton, views, dtype, self.mean, self.std, num_threads)
+        self._batches: weakref.ref[Batches] | None = None
 
     def close(self) -> None:
         """End the iteration under way, if any; its threads are gone when this returns."""
@@ -100,29 +102,21 @@ class _Loader:
         if batches:
             batches.close()
 
-    def _plan(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(images, their random keys) of every batch of this iteration."""
-        raise NotImplementedError
-
-    def _finish(self, batch: _Batch) -> tuple[Tensor, ...]:
-        """What the caller gets of a batch whose images are decoded, or corrupt."""
-        raise NotImplementedError
-
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         self.close()
-        batches = _Batches(self._renderer, self._plan(), self.prefetch)
+        batches = Batches(self._renderer, self._plan(), self.prefetch)
         self._batches = weakref.ref(batches)
         return self._deliver(batches)
 
-    def _deliver(self, batches: _Batches) -> Iterator[tuple[Tensor, ...]]:
+    def _deliver(self, batches: Batches) -> Iterator[tuple[Tensor, ...]]:
         try:
             while (tensors := self._next(batches)) is not None:
                 yield tensors
-                del tensors  # or its memory could not be used for the next batch
+                del tensors  # else the next batch could not reuse their memory
         finally:
             batches.close()
 
-    def _next(self, batches: _Batches) -> tuple[Tensor, ...] | None:
+    def _next(self, batches: Batches) -> tuple[Tensor, ...] | None:
         start = time.perf_counter()
         batch = batches.next()
         tensors = None if batch is None else self._finish(batch)
@@ -134,21 +128,20 @@ class MultiCropLoader(_Loader):
     """Batches of random views for training.
 
     Iterating gives the micro-batches of the epoch that `set_epoch` chose, each a tuple: one tensor
-    (v, batch_size, channels, size, size) per group of `views`, one behind the other in memory, and
-    `indices` (batch_size,) int64, the images' places in the file. For `dino_views` that is
-    (globals, locals, indices). Images beyond the last full global batch are left out. A loader has
-    one iteration at a time: a new one ends the one before.
+    (v, batch_size, channels, size, size) per group of `views`, contiguous in memory, and `indices`
+    (batch_size,) int64, the images' places in the file. For `dino_views` that is (globals, locals,
+    indices). Images beyond the last full global batch are dropped. A loader has one iteration at a
+    time: a new one ends the one before.
 
     With A = accumulation_steps and G = batch_size * A * world_size, micro-batch j of step k on rank
     r is permutation[k G + (r A + j) batch_size :] up to batch_size images: only the product of
     ranks and accumulation decides what the micro-batches are.
 
-    Tensors are the caller's: their memory is used again only after the last tensor that refers to
-    it is gone. With CUDA they are pinned.
+    Tensors are the caller's: their memory is reused only after the last tensor that refers to it is
+    gone. With CUDA they are pinned.
 
-    Another image, chosen by the random key, takes the place of one that is corrupt: cut, or with
-    data that are no JPEG's. It is logged and counted; `indices` name the image that is shown, so
-    that its label fits.
+    A corrupt image (cut, or not JPEG data) is replaced by another one, chosen by the random key. It
+    is logged and counted; `indices` name the image that is shown, so its label fits.
 
     Args:
         beton: the file.
@@ -157,16 +150,15 @@ class MultiCropLoader(_Loader):
         seed: of order and views.
         rank, world_size: this process among those that share the training.
         accumulation_steps: micro-batches per optimiser step.
-        num_threads: worker threads; 0 = this process's share of the cores.
+        num_threads: worker threads; 0: this process's share of the cores.
         dtype: torch.uint8 (0 to 255), or torch.float32, normalised.
         mean, std: per channel, of values in 0 to 1; for float32.
-        prefetch: batches in the making or waiting, at least 1.
-        subset: the images to train on, by their places in the file; default all. They come in the
-            order of the whole file's epoch, the others left out.
+        prefetch: batches being made or waiting, at least 1.
+        subset: the images to train on, by their places in the file; default all. They keep the
+            order that they have in an epoch of the whole file.
 
     Attributes:
         corrupt: {index: reason} of the corrupt images met so far.
-        damaged: indices of images decoded with a warning (superfluous bytes) so far.
 
     Raises:
         UserError: wrong arguments, or fewer images than one global batch; on iteration, too many
@@ -190,7 +182,7 @@ class MultiCropLoader(_Loader):
         prefetch: int = 2,
         subset: Int64[np.ndarray, "n"] | None = None,
     ) -> None:
-        super().__init__(beton, views, batch_size, subset, num_threads, dtype, mean, std, prefetch)
+        super().__init__(beton, views, batch_size, num_threads, dtype, mean, std, prefetch, subset)
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.accumulation_steps = accumulation_steps
         self.global_batch = batch_size * world_size * accumulation_steps
@@ -201,7 +193,6 @@ class MultiCropLoader(_Loader):
                 "accumulation steps): use a smaller batch"
             )
         self.corrupt: dict[int, str] = {}
-        self.damaged: set[int] = set()
         self.epoch = self._start_step = self._seen = 0
 
     def __len__(self) -> int:
@@ -209,16 +200,16 @@ class MultiCropLoader(_Loader):
         return len(self.images) // self.global_batch
 
     def place(self, micro: int) -> int:
-        """Which part of the global batch this rank's micro-batch number `micro` of a step is."""
+        """The place of this rank's micro-batch number `micro` in the global batch of a step."""
         return self.rank * self.accumulation_steps + micro
 
     def step_images(self) -> Int64[np.ndarray, "a n"]:
-        """This rank's images of the step that the next iteration begins with, by micro-batch."""
+        """This rank's images in the first step of the next iteration, by micro-batch."""
         plan = itertools.islice(self._plan(), self.accumulation_steps)
         return np.stack([indices for indices, _ in plan])
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
-        """Let the next iteration be that of `epoch`, from step `start_step` on."""
+        """Make the next iteration that of `epoch`, from step `start_step` on."""
         self.epoch, self._start_step = epoch, start_step
 
     def _plan(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -232,21 +223,9 @@ class MultiCropLoader(_Loader):
                 indices = order[first : first + self.batch_size]
                 yield indices, kernels.sample_keys(self.seed, epoch, indices)
 
-    def _finish(self, batch: _Batch) -> tuple[Tensor, ...]:
-        self._mend(batch)
-        return *batch.tensors, torch.from_numpy(batch.indices.copy())
-
-    def _mend(self, batch: _Batch) -> None:
-        """Replace the corrupt images of a batch; nearly always there is nothing to do."""
+    def _finish(self, batch: Batch) -> tuple[Tensor, ...]:
         self._seen += len(batch.indices)
-        if not batch.status.any():
-            return
-        for index in batch.indices[batch.status == kernels.DAMAGED].tolist():
-            if index not in self.damaged:
-                self.damaged.add(index)
-                logger.info("%s: image %d has superfluous bytes", self.beton.path, index)
-        broken = np.flatnonzero(batch.status > kernels.DAMAGED)
-        for slot in broken.tolist():
+        for slot in np.flatnonzero(batch.status > kernels.DAMAGED).tolist():
             index = int(batch.indices[slot])
             known = index in self.corrupt
             self.corrupt[index] = REASONS[batch.status[slot]]
@@ -257,6 +236,7 @@ class MultiCropLoader(_Loader):
                     "%s: image %d is corrupt (%s); image %d takes its place",
                     self.beton.path, index, self.corrupt[index], shown,
                 )  # fmt: skip
+        return *batch.tensors, torch.from_numpy(batch.indices.copy())
 
     def _stop_if_too_many(self) -> None:
         seen = min(self._seen, len(self.images))
@@ -267,8 +247,8 @@ class MultiCropLoader(_Loader):
                 "again, or run `ssl-xcit data verify` on it"
             )
 
-    def _substitute(self, batch: _Batch, slot: int) -> int:
-        """Fill a place of the batch with the views of the first decodable image of a sequence."""
+    def _substitute(self, batch: Batch, slot: int) -> int:
+        """Fill a place of the batch with the first decodable image of a random sequence."""
         key = batch.keys[slot : slot + 1]
         indices = batch.indices.copy()
         for attempt in range(1000):
@@ -284,14 +264,12 @@ class MultiCropLoader(_Loader):
 class EvalLoader(_Loader):
     """Batches of evaluation views, each image once over all ranks, in the order of the file.
 
-    `subset`: the images to look at, by their places in the file; default all.
-
     Iterating gives (images (n, channels, size, size), labels (n,), indices (n,)) with n =
-    batch_size but for the last batch; labels are -1 when the file has none. Rank r has the r-th of
-    world_size contiguous parts. Arguments as for `MultiCropLoader`.
+    batch_size except in the last batch; labels are -1 when the file has none. Rank r has the r-th
+    of world_size contiguous parts of `subset`. Options as for `MultiCropLoader`.
 
     Raises:
-        UserError: wrong arguments; on iteration, a corrupt image, because no other can stand in.
+        UserError: wrong arguments; on iteration, a corrupt image, because none can replace it.
     """
 
     def __init__(
@@ -302,16 +280,9 @@ class EvalLoader(_Loader):
         *,
         rank: int = 0,
         world_size: int = 1,
-        num_threads: int = 0,
-        dtype: torch.dtype = torch.uint8,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
-        prefetch: int = 2,
-        subset: Int64[np.ndarray, "n"] | None = None,
+        **options: object,
     ) -> None:
-        super().__init__(
-            beton, [[view]], batch_size, subset, num_threads, dtype, mean, std, prefetch
-        )
+        super().__init__(beton, [[view]], batch_size, **options)
         self.view, self.indices = view, rank_share(self.images, rank, world_size)
 
     def __len__(self) -> int:
@@ -322,7 +293,7 @@ class EvalLoader(_Loader):
         for part in parts_of(self.indices, self.batch_size):
             yield part, np.zeros(len(part), np.uint64)
 
-    def _finish(self, batch: _Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def _finish(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         broken = np.flatnonzero(batch.status > kernels.DAMAGED)
         if len(broken):
             reason = REASONS[batch.status[broken[0]]]

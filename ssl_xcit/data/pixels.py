@@ -1,4 +1,4 @@
-"""The statistics that images are normalised by."""
+"""Normalisation of images, and its statistics."""
 
 from collections.abc import Sequence
 
@@ -27,7 +27,7 @@ def normalise(
             f"the images have {images.size(-3)} channels but mean has {len(mean)} values and std "
             f"{len(std)}: give one of each per channel"
         )
-    # Not blocking, or each call would wait for all the work that the GPU has still to do.
+    # Non-blocking: otherwise each call would wait for all work that is queued on the GPU.
     mean, std = (
         torch.tensor(values).view(-1, 1, 1).to(images.device, non_blocking=True)
         for values in (mean, std)

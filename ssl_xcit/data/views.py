@@ -1,11 +1,11 @@
-"""What a view is: descriptions of random and evaluation views, and the recipes built from them.
+"""Views: descriptions of random and evaluation views, and the recipes built from them.
 
-A recipe is a list of groups of views; all views of a group have one size and reach the model as one
-array. The drawing and the pixels are in `ssl_xcit.data.kernels`; each operation equals Pillow's.
+A recipe is a list of groups of views; all views of a group have the same size and reach the model
+as one array. `ssl_xcit.data.kernels` draws and computes them; each operation equals Pillow's.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from ssl_xcit.runtime.errors import UserError
@@ -28,17 +28,17 @@ class View:
     size: int
     """Pixels a side."""
     scale: tuple[float, float]
-    """Range of the crop's share of the image's area."""
+    """Range of the crop's area, relative to the image's."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Range of the crop's width / height; its logarithm is uniform."""
     interpolation: Interpolation = "bicubic"
-    """Antialiased, as Pillow's."""
+    """Antialiased, as in Pillow."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
     jitter: float = 0.0
-    """Probability of the four colour adjustments, which come in random order."""
+    """Probability of the four colour adjustments, applied in random order."""
     brightness: float = 0.0
-    """The factor is uniform in [max(0, 1 - x), 1 + x]; so are contrast's and saturation's."""
+    """The factor is uniform in [max(0, 1 - x), 1 + x]; likewise for contrast and saturation."""
     contrast: float = 0.0
     saturation: float = 0.0
     hue: float = 0.0
@@ -52,11 +52,11 @@ class View:
     solarize: float = 0.0
     """Probability of inverting values from 128 on."""
     one_of: bool = False
-    """Exactly one of grayscale, solarize and blur, equally often and before the colour jitter;
-    their own probabilities are not asked then."""
+    """Exactly one of grayscale, solarize and blur, with equal probability and before the colour
+    jitter; their own probabilities are ignored."""
     simple_crop: bool = False
-    """Instead of the crop: the short side resized to `size`, and a square cut out that may reach
-    4 pixels over each edge, into the image's reflection. `scale` and `ratio` are not asked then."""
+    """Instead of the crop: resize the short side to `size` and cut out a square that may reach 4
+    pixels over each edge, into the image's reflection. `scale` and `ratio` are ignored."""
 
     def __post_init__(self) -> None:
         for name in ("flip", "jitter", "grayscale", "blur", "solarize"):
@@ -77,10 +77,10 @@ class View:
 
 @dataclass(frozen=True)
 class EvalView:
-    """The same view at every visit: the short side resized to `resize`, then the centre cut out.
+    """A deterministic view: the short side resized to `resize`, then a central crop.
 
     Without `crop` the image is resized to a square of side `resize`, whatever its shape. Sizes are
-    rounded as torchvision's Resize and CenterCrop round them.
+    rounded as in torchvision's Resize and CenterCrop.
 
     Raises:
         UserError: a value is out of its range.
@@ -128,7 +128,7 @@ def dino_views(
 ) -> list[list[View]]:
     """DINO's multi-crop (Caron et al., 2021, appendix; dino/main_dino.py DataAugmentationDINO).
 
-    Returns two groups: two global views, of which the second alone is solarized, and
+    Returns two groups: two global views, of which only the second is solarized, and
     `local_crops_number` local views.
     """
     shared = {
@@ -174,18 +174,9 @@ def three_augment_views(
     A crop and flip; one of grayscale, solarize and blur; jitter of brightness, contrast and
     saturation. `simple_crop` is the paper's Simple Random Crop, else a random resized crop.
     """
-    view = View(
-        size,
-        scale,
-        interpolation=interpolation,
-        simple_crop=simple_crop,
-        one_of=True,
-        jitter=float(jitter > 0),
-        brightness=jitter,
-        contrast=jitter,
-        saturation=jitter,
-    )
-    return [[view]]
+    [[view]] = supervised_views(size, scale, interpolation, simple_crop)
+    strengths = {"brightness": jitter, "contrast": jitter, "saturation": jitter}
+    return [[replace(view, one_of=True, jitter=float(jitter > 0), **strengths)]]
 
 
 def _require(holds: bool, view: View | EvalView, name: str, expected: str) -> None:

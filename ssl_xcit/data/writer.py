@@ -26,8 +26,8 @@ from ssl_xcit.data.beton import (
     REFERENCE,
     TABLE,
     VERSION,
-    _index_crc,
-    _round_up,
+    index_crc,
+    round_up,
 )
 from ssl_xcit.data.images import (
     ENCODED,
@@ -68,32 +68,32 @@ def write_beton(
     workers: int = 0,
     progress: bool = True,
 ) -> dict:
-    """Store the images of `source` in the file `out`, bit for bit the same for any `workers`.
+    """Store the images of `source` in the file `out`; the same bits for any number of `workers`.
 
-    A JPEG that is plain RGB or gray, and is not to be shrunk or rotated, is stored as the bytes it
-    is; all else is decoded by Pillow (first frame, 16 bits to 8, CMYK to RGB, transparency over
-    white) and stored as pixels or encoded as JPEG.
+    The bytes of a plain RGB or gray JPEG are kept, unless it must be shrunk or rotated. Everything
+    else is decoded by Pillow (first frame, 16 bits to 8, CMYK to RGB, transparency over white) and
+    stored as pixels or encoded as JPEG.
 
     Args:
         source: a folder of images (a folder per class, flat, or nested), or one of `DATASETS`.
             Labels are the sorted folder names if every image lies exactly one folder deep.
         out: the file; it appears complete (temporary file, fsync, rename) or not at all.
         mode: jpg, raw (pixels), or auto: JPEGs as JPEG, others raw up to 64 × 64, else as JPEG.
-        max_side, short_side: shrink images whose longer (shorter) side has more pixels than that.
+        max_side, short_side: shrink images whose longer (shorter) side has more pixels.
         quality: of the JPEGs encoded here, 1 to 100.
         exif: ignore orientation tags, as DINO's own data loading does, or rotate by them.
-        channels: 3 (RGB), 1 (gray) or another number, then of .npy files: uint8, (h, w, channels).
-            All but 3 are stored raw, and only we can read them, not stock ffcv.
-        check: full decodes the JPEGs that are stored as they are, header trusts them.
+        channels: 3 (RGB), 1 (gray), or another number for .npy files: uint8, (h, w, channels).
+            All but 3 are stored raw, and stock ffcv cannot read them.
+        check: full decodes the JPEGs whose bytes are kept, header trusts them.
         labels: False ignores the folders' names.
         split: train (default) or test, of a dataset by name.
         root: torchvision's folder of the dataset, default data/ (it downloads what is missing);
             for FashionMNIST the Debian package dataset-fashion-mnist comes first.
-        limit: store a random subset of so many images, chosen by `seed`, in the source's order.
-        skip_broken: leave out what cannot be read instead of writing nothing.
+        limit: store a random subset of this many images, chosen by `seed`, in the source's order.
+        skip_broken: leave out unreadable images instead of writing nothing.
         overwrite: replace an existing file.
-        workers: threads, 0 for one per core that this process may use.
-        progress: say on stderr what is decided and found, with a bar on a terminal.
+        workers: threads; 0: one per core that this process may use.
+        progress: report on stderr what is decided and found, with a progress bar on a terminal.
 
     Returns:
         out, samples, bytes, classes, modes, notes (how many images had what), broken, seconds.
@@ -109,7 +109,7 @@ def write_beton(
         images = open_source(source, labels, split, root)
         chosen = np.arange(images.size)
         if limit is not None:
-            # RandomState's numbers are frozen by numpy's policy, a Generator's are not
+            # numpy guarantees RandomState's numbers forever, a Generator's not
             chosen = np.sort(np.random.RandomState(seed).permutation(images.size)[:limit])
         beton = _BetonWriter(file, len(chosen), images.labels is not None)
         info = {
@@ -144,7 +144,7 @@ def _store_images(
     workers: int,
     progress: bool,
 ) -> dict:
-    """Encodes the chosen images into `beton`; returns the `notes` and `broken` of `Beton.info`."""
+    """Encode the chosen images into `beton`; returns the `notes` and `broken` of `Beton.info`."""
 
     def say(line: str) -> None:
         if progress:
@@ -155,7 +155,7 @@ def _store_images(
             return encode(images.read(i), encoding)
         except UserError:
             raise
-        # Any file may run into any bug of any decoder, and each must be reported by its name
+        # A file may trigger any bug of any decoder, and must be reported by its name
         except Exception as error:
             return BrokenImageError(str(error) or type(error).__name__)
 
@@ -175,7 +175,7 @@ def _store_images(
                 examples.setdefault(note, images.name(i))
             if EXTRANEOUS in image.notes:
                 say(f"{EXTRANEOUS}: {images.name(i)}")
-            if skip_broken or not broken:  # else nothing will be written, but all is checked
+            if skip_broken or not broken:  # else nothing is written, but all images are checked
                 beton.append(image, 0 if images.labels is None else int(images.labels[i]))
     if broken and not skip_broken:
         raise UserError(
@@ -193,18 +193,18 @@ def _store_images(
 def place(position: int, size: int) -> tuple[int, int]:
     """(start, page size) of an image of `size` bytes, at or after `position`.
 
-    An image that would cross a boundary of its page size, PAGE or the next power of two that holds
-    it, starts at that boundary. With the largest page size of all images as the file's, none
-    crosses a page: boundaries of larger pages are boundaries of smaller ones too.
+    The page size is PAGE, or the next power of two that holds the image. An image that would cross
+    a page boundary starts at it. The file's page size is the largest of all images; as boundaries
+    of larger pages are also boundaries of smaller ones, no image crosses a page.
     """
     page = max(PAGE, 1 << (size - 1).bit_length())
     if position % page + size > page:
-        position = _round_up(position, page)
+        position = round_up(position, page)
     return position, page
 
 
 class _BetonWriter:
-    """Lays out a file of at most `capacity` images; images are streamed, the index is kept."""
+    """Lays out a file of at most `capacity` images: streams the images, keeps the index."""
 
     def __init__(self, file: BinaryIO, capacity: int, with_labels: bool) -> None:
         self.file, self.count, self.page_size = file, 0, PAGE
@@ -216,7 +216,7 @@ class _BetonWriter:
         self.table = np.zeros(capacity, TABLE)
         self.checksums = np.zeros(capacity, "<u4")
         self.samples_start = HEADER.itemsize + self.fields.nbytes
-        self.position = _round_up(self.samples_start + self.samples.nbytes, PAGE)
+        self.position = round_up(self.samples_start + self.samples.nbytes, PAGE)
 
     def append(self, image: Stored, label: int) -> None:
         start, page = place(self.position, len(image.data))
@@ -236,14 +236,14 @@ class _BetonWriter:
         """Write notes, table, samples and header; returns the file's bytes."""
         samples, table = self.samples[: self.count], self.table[: self.count]
         text = json.dumps(info).encode()
-        notes_start = _round_up(self.position, 8)
+        notes_start = round_up(self.position, 8)
         padding = bytes(-len(text) % 8)
         notes = text + padding + self.checksums[: self.count].tobytes()
-        table_start = _round_up(notes_start + len(notes), 8)
+        table_start = round_up(notes_start + len(notes), 8)
         header = np.array(
             (VERSION, len(self.fields), self.page_size, self.count, table_start), HEADER
         )
-        crc = _index_crc(header, self.fields, samples, table)
+        crc = index_crc(header, self.fields, samples, table)
         reference = np.array((MAGIC, notes_start, len(text), zlib.crc32(notes), crc), REFERENCE)
         self.fields["arguments"][0, : REFERENCE.itemsize] = np.frombuffer(reference, np.uint8)
         for start, part in ((notes_start, notes), (table_start, table), (0, header)):
@@ -261,10 +261,10 @@ def in_order(
     name: str,
     progress: bool,
 ) -> Iterator[tuple[int, Result]]:
-    """(i, function(i)) in the given order, computed by threads, with a bar on a terminal.
+    """(i, function(i)) in the given order, computed by threads, with a progress bar on a terminal.
 
-    Threads suffice: reading, decoding and checksums release the interpreter's lock. Only few
-    results wait, since they hold images.
+    Threads suffice: reading, decoding and checksums release the GIL. Only a few results wait at a
+    time, since they hold images.
     """
     if workers < 0:
         raise UserError(f"workers must be 0 or more, got {workers}")

@@ -21,14 +21,13 @@ def init_from(
     teacher: MultiCropWrapper,
     dino_loss: DINOLoss,
 ) -> list[str]:
-    """Load what `path` holds into student, teacher and centre; lines that say what was and was not.
+    """Load `path` into student, teacher and centre; returns lines that say what was loaded.
 
-    `path` is anything `ssl_xcit.checkpoints.read.read` reads: a full checkpoint (ours or DINO's:
-    each network gets its own weights), or a backbone of any format, from which both networks start.
-    With "all", a head and a centre in the file are loaded too, and must fit; "backbone" leaves them
-    out.
+    `path` is anything `ssl_xcit.checkpoints.read.read` reads. From a full checkpoint, ours or
+    DINO's, each network gets its own weights; from a backbone both networks start. With "all", a
+    head and a centre in the file are loaded too, and must fit; "backbone" leaves them out.
 
-    Raises UserError for another architecture and for whatever does not fit.
+    Raises UserError for another architecture, and for tensors that do not fit.
     """
     lines = []
     left_out = " (the file's is left out)"
@@ -54,7 +53,7 @@ def init_from(
 
 
 def _fit(module: nn.Module, state: StateDict, what: str) -> None:
-    """Load `state`, whose names and shapes must be the module's own."""
+    """Load `state`, whose names and shapes must be the module's."""
     own = module.state_dict()
     missing, unknown = own.keys() - state.keys(), state.keys() - own.keys()
     shapes = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]

@@ -1,10 +1,10 @@
-"""Whether the labels of images and the outputs of a classifier mean the same classes.
+"""Checks that the labels of images and the outputs of a classifier mean the same classes.
 
-A classifier's file says how many classes it has, never which. What it was trained on had a folder
-per class, numbered in the order of their sorted names; so a dataset is right if its own class
-names, sorted, are the same names. ImageNet's 1,000 are known here by a digest, so their names are
-checked. Of any other classifier only the number of classes can be; and of a .beton without class
-names nothing but that its labels are within that number.
+A classifier's file says how many classes it has, but not which. Its training data had one folder
+per class, numbered in the order of the sorted names, so a dataset matches if its sorted class names
+are the same. For ImageNet's 1,000 classes a digest of the names is known, so they are checked. For
+any other classifier only the number of classes can be checked, and for a .beton without class names
+only that its labels are below that number.
 """
 
 import hashlib
@@ -26,20 +26,20 @@ WNID = re.compile(r"n\d{8}")
 
 
 class ClassOrder(NamedTuple):
-    """Which output of the classifier is which label of the dataset."""
+    """Which output of the classifier belongs to which label of the dataset."""
 
     outputs: Int64[Tensor, " labels"]  # the output of each label
-    checked: str  # what was: "names" or "number"
+    checked: str  # "names" or "number"
     warning: str  # one line, or empty
 
 
 def class_order(images: Images, num_classes: int, classes: str | Path = "") -> ClassOrder:
     """The classifier's output for each label of `images`.
 
-    `classes` names all classes where the images have some of them only: a folder of class folders,
-    or a text file whose lines begin with a name each, in any order.
+    `classes` names all classes, for images of only some of them: a folder of class folders, or a
+    text file with one name at the start of each line, in any order.
 
-    Raises UserError when labels and outputs cannot belong together; the message says what to do.
+    Raises UserError when labels and outputs cannot match; the message says what to do.
     """
     if images.labels is None:
         raise UserError(
@@ -101,7 +101,7 @@ def _by_numbers(images: Images, num_classes: int) -> ClassOrder:
 
 
 def _expect_imagenet(names: tuple[str, ...], source: str) -> None:
-    """UserError unless `names` are ImageNet-1k's 1,000 WordNet numbers, in whatever order."""
+    """Raise UserError unless `names` are ImageNet-1k's 1,000 WordNet numbers, in any order."""
     advice = (
         "ImageNet's 1,000 (n01440764 ... n15075141) are expected: sort the validation images into "
         "a folder for each of them; for images of some classes add --classes TRAIN_FOLDER"

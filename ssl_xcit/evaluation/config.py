@@ -222,9 +222,8 @@ class SupervisedConfig:
             raise UserError(
                 f"no published model is called {self.model}: nearest {nearest} (--list shows all)"
             )
-        needed = {"checkpoint": ("data",), "all": ("data", "out"), "list": ()}
-        mode = ("checkpoint", "all", "list")[chosen.index(True)]
-        check_given(self, *needed[mode])
+        if not self.list:
+            check_given(self, *(["data", "out"] if self.all else ["data"]))
         if self.all and (self.model or self.resolution):
             raise UserError("--all takes model and resolution from the files: drop both options")
         if self.all and not self.out.endswith(".json"):

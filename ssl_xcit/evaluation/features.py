@@ -226,10 +226,9 @@ class Extraction:
 
     def facts(self) -> dict:
         """What decides the features, for a result."""
-        subject = self.subject
-        statistics = (None, None) if subject is None else (subject.mean, subject.std)
-        return {
-            **(NO_FACTS | {"source": "pixels"} if subject is None else subject.facts),
-            "precision": self.config.precision,
-            "transform": describe_view(self.view, *statistics),
-        }
+        if self.subject is None:
+            origin, transform = NO_FACTS | {"source": "pixels"}, describe_view(self.view)
+        else:
+            origin = self.subject.facts
+            transform = describe_view(self.view, self.subject.mean, self.subject.std)
+        return {**origin, "precision": self.config.precision, "transform": transform}

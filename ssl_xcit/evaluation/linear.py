@@ -23,6 +23,7 @@ from ssl_xcit.evaluation.linear_file import Classifier, load_classifier, save_cl
 from ssl_xcit.evaluation.linear_protocols import Material, fit_fast, train_official
 from ssl_xcit.evaluation.results import (
     Result,
+    count_classes,
     describe_images,
     describe_machine,
     describe_subject,
@@ -132,18 +133,13 @@ def _prepare(config: LinearConfig, ranks: Distributed) -> Material:
         _claim(Path(config.out), config, extraction.subject, train)
     distributed.barrier()
     extraction.subject.backbone.to(ranks.device).requires_grad_(False)
-    return Material(config, extraction, train, _count_classes(train), fit, held_out)
+    return Material(config, extraction, train, count_classes(train), fit, held_out)
 
 
 def _extraction(config: LinearConfig, ranks: Distributed, images: str) -> Extraction:
     """How features are made; an untrained network has the channels of `images`."""
     batch_size = max(1, config.batch_size // ranks.world_size)
     return Extraction(config, ranks, batch_size, images)
-
-
-def _count_classes(images: Images) -> int:
-    """By their names, else by the largest label."""
-    return len(images.class_names) if images.class_names else int(images.labels.max()) + 1
 
 
 def _claim(out: Path, config: LinearConfig, subject: Subject, train: Images) -> None:
@@ -211,9 +207,9 @@ def _test_stored(config: LinearConfig, ranks: Distributed) -> Result:
             f"{path} is for {size} features, the network has {expected}: take the network that it "
             "was trained on"
         )
-    if classes != _count_classes(test):
+    if classes != count_classes(test):
         raise UserError(
-            f"{path} has {classes} classes, {test.path} has {_count_classes(test)}: take images of "
+            f"{path} has {classes} classes, {test.path} has {count_classes(test)}: take images of "
             "the same classes"
         )
     ((_, top1, top5),) = _accuracies(extraction, test, {"": classifier})

@@ -1,5 +1,6 @@
 """What every evaluation reports: a `Result`, printed as a table and stored as one JSON file."""
 
+import dataclasses
 import importlib.metadata
 import json
 import platform
@@ -71,6 +72,11 @@ def table(columns: Sequence[tuple[str, int]], rows: Iterable[Sequence[str]]) -> 
     return lines
 
 
+def count_classes(images: Images) -> int:
+    """Classes of labelled images: by their names, else by the largest label."""
+    return len(images.class_names) if images.class_names else int(images.labels.max()) + 1
+
+
 def describe_images(images: Images) -> dict:
     """Facts of a dataset."""
     return {
@@ -80,17 +86,10 @@ def describe_images(images: Images) -> dict:
     }
 
 
-def describe_view(
-    view: EvalView, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> dict:
-    """How images are cut and normalised (None: they are not)."""
-    return {
-        "resize": view.resize,
-        "crop": view.crop,
-        "interpolation": view.interpolation,
-        "mean": None if mean is None else list(mean),
-        "std": None if std is None else list(std),
-    }
+def describe_view(view: EvalView, mean: Sequence[float] = (), std: Sequence[float] = ()) -> dict:
+    """How images are cut and normalised; without statistics they are not."""
+    normalisation = {"mean": list(mean) or None, "std": list(std) or None}
+    return dataclasses.asdict(view) | normalisation
 
 
 def describe_machine(ranks: Distributed) -> dict:

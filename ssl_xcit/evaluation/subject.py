@@ -1,4 +1,4 @@
-"""What an evaluation is about: a frozen backbone, and everything that says where it is from."""
+"""The subject of an evaluation: a frozen backbone and its origin."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +28,7 @@ NO_FACTS = dict.fromkeys(("source", "checkpoint", "step", "role", "arch", "seed"
 
 
 def untrained_subject(arch: str, seed: int, in_chans: int = 3) -> Subject:
-    """The network that training with this seed would start from.
+    """The network from which training with this seed would start.
 
     Raises UserError for an unknown architecture.
     """

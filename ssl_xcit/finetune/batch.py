@@ -55,13 +55,8 @@ class Preparation:
         if views.augment == "randaugment":
             operations, magnitude = views.randaugment_ops, views.randaugment_magnitude
             self.randaugment = RandAugment(operations, magnitude, statistics[0])
-        self.mixing = Mixing(
-            num_classes,
-            targets.mixup,
-            targets.cutmix,
-            targets.mix_prob,
-            targets.mix_switch_prob,
-        )
+        probabilities = targets.mix_prob, targets.mix_switch_prob
+        self.mixing = Mixing(num_classes, targets.mixup, targets.cutmix, *probabilities)
 
     @property
     def dtype(self) -> torch.dtype:

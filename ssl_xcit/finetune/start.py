@@ -1,4 +1,4 @@
-"""What fine-tuning starts from: the network, how its images are normalised, and what was loaded."""
+"""The start of fine-tuning: the network, the statistics of its images, and what was loaded."""
 
 from typing import NamedTuple
 
@@ -27,8 +27,8 @@ class Start(NamedTuple):
 def starting_point(config: FinetuneConfig, num_classes: int, in_chans: int) -> Start:
     """The network that `config` asks for, initialised from config.seed and then from config.init.
 
-    The classifier is new, unless `keep_head`. Raises UserError for a checkpoint that is no XCiT,
-    or for other images, or whose classifier was to be kept and has other classes.
+    The classifier is new, unless `keep_head`. Raises UserError for a checkpoint that is no XCiT or
+    takes other images, and when the classifier to be kept has another number of classes.
     """
     weights = None if config.from_scratch else read(config.init, config.role, config.arch)
     arch = config.arch if weights is None else weights.arch
@@ -76,7 +76,7 @@ def _load(network: XCiT, weights: Weights, keep_head: bool) -> tuple[int, list[s
             f"{channels}: write them again with --channels {weights.in_chans}"
         )
     taken = weights.state if keep_head else weights.backbone
-    unused = [name for name in CLASSIFIER if name in weights.state and name not in taken]
+    unused = [name for name in CLASSIFIER if name in weights.state.keys() - taken.keys()]
     new = [name for name in own if name not in taken]
     assert new == ([] if keep_head else list(CLASSIFIER)), new
     network.load_state_dict(own | taken)

@@ -17,6 +17,7 @@ from ssl_xcit.evaluation.accuracy import count_hits
 from ssl_xcit.evaluation.features import evaluating
 from ssl_xcit.evaluation.results import (
     Result,
+    count_classes,
     describe_images,
     describe_machine,
     describe_subject,
@@ -75,8 +76,7 @@ class Finetuning(Task):
         self.test = open_images(config.test, self.data.channels)
         check_datasets(self.data, self.test)
         check_channels(self.data.channels, self.test)
-        names = self.data.class_names
-        self.num_classes = len(names) if names else int(self.data.labels.max()) + 1
+        self.num_classes = count_classes(self.data)
         self.start = starting_point(config, self.num_classes, self.data.channels)
         self.statistics = self.start.mean, self.start.std
         if ranks.rank == 0:
@@ -103,7 +103,6 @@ class Finetuning(Task):
 
     def _open_loaders(self) -> None:
         config, ranks, views = self.config, self.ranks, self.config.views
-        mean, std = self.statistics
         self.loader = MultiCropLoader(
             self.data,
             view_recipe(config),
@@ -114,8 +113,8 @@ class Finetuning(Task):
             accumulation_steps=config.optim.accumulation_steps,
             num_threads=config.run.num_workers,
             dtype=self.prepare.dtype,
-            mean=mean,
-            std=std,
+            mean=self.start.mean,
+            std=self.start.std,
         )
         if self.steps_per_epoch == 0:
             raise UserError(
@@ -124,14 +123,9 @@ class Finetuning(Task):
             )
         size = config.evaluation.eval_size or views.image_size
         self.test_view = EvalView(config.evaluation.eval_resize or size, size, views.interpolation)
+        batch_size, num_threads = config.evaluation.eval_batch, config.run.num_workers
         self.test_loader = evaluation_loader(
-            self.test,
-            self.test_view,
-            config.evaluation.eval_batch,
-            ranks,
-            num_threads=config.run.num_workers,
-            mean=mean,
-            std=std,
+            self.test, self.test_view, batch_size, ranks, num_threads=num_threads
         )
 
     @property

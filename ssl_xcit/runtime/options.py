@@ -118,13 +118,8 @@ def build(cls: type[Config], values: Mapping[str, Value]) -> Config:
     missing = [f"--{name}" for name in required(cls) if name not in values]
     if missing:
         raise UserError(f"missing {', '.join(missing)} (--help describes every option)")
-    hints = typing.get_type_hints(cls)
-    return cls(
-        **{
-            name: hints[name](**value) if dataclasses.is_dataclass(hints[name]) else value
-            for name, value in nested(values).items()
-        }
-    )
+    hints, tree = typing.get_type_hints(cls), nested(values)
+    return cls(**{k: hints[k](**v) if isinstance(v, dict) else v for k, v in tree.items()})
 
 
 def _resolve(cls: type, spelling: str, where: str) -> str:

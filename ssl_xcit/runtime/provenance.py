@@ -1,4 +1,4 @@
-"""Which code this is."""
+"""Where results come from: the commit of the code."""
 
 import subprocess
 

@@ -1,4 +1,4 @@
-"""The run folder: whose it is, and a record of what ran there."""
+"""The run folder: which run owns it, and a record of what ran there."""
 
 import json
 import platform
@@ -22,9 +22,10 @@ RUN_FORMAT = 1  # of the run folder's layout; raised when an older program could
 
 
 def claim_folder(out: Path, kind: str, config: TaskConfig, global_batch: int) -> None:
-    """Make the run folder this configuration's, or refuse it when it is another's.
+    """Create the run folder, or check that it belongs to this run.
 
-    `kind`: of training, "pretraining" or "fine-tuning". Raises UserError.
+    `kind`: "pretraining" or "fine-tuning". Raises UserError for a folder of another run, and for
+    one that cannot be written.
     """
     make_folder(out)
     if (out / "config.yaml").exists():
@@ -38,7 +39,7 @@ def claim_folder(out: Path, kind: str, config: TaskConfig, global_batch: int) ->
 
 
 def _check_owner(out: Path, kind: str, config: TaskConfig, global_batch: int) -> None:
-    """UserError unless the run in `out` is of this kind and configuration."""
+    """Raise UserError unless the run in `out` is of this kind and configuration."""
     try:
         run = json.loads((out / "run.json").read_text())
     except (OSError, ValueError) as error:
@@ -64,10 +65,10 @@ def _check_owner(out: Path, kind: str, config: TaskConfig, global_batch: int) ->
 
 
 def stored_precision(file: Path | None) -> str | None:
-    """The precision in which what `file` describes was begun, to go on in the same one.
+    """The precision in which a run, features or a report was begun, in order to continue in it.
 
-    `file`: a run's config.yaml, features (.safetensors), or a report (.json). None: it says none,
-    does not exist, or cannot be read; who reads it for good says why.
+    `file`: a run's config.yaml, features (.safetensors), or a report (.json). None: it names none,
+    does not exist, or cannot be read; whoever then reads its content says why.
     """
     if file is None:
         return None
@@ -86,7 +87,7 @@ def stored_precision(file: Path | None) -> str | None:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions that decide what a run computes, and the git commit of the code if it has one."""
+    """Versions that affect what a run computes, and the git commit of the code if it has one."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
