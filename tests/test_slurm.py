@@ -277,7 +277,7 @@ def test_an_evaluation_of_a_run_lies_in_its_folder(folder, sbatch):
     assert found.arguments == (*evaluation, "--out", "runs/a/eval/linear")
     # also where the run is named without its option
     dry = run_submit("eval", "visualize", "runs/a", "x.png", "--dry-run", cwd=folder).stdout
-    assert "# eval/visualize.py runs/a x.png --out runs/a/eval/visualize\n" in dry
+    assert "# ssl-xcit visualize runs/a x.png --out runs/a/eval/visualize\n" in dry
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "eval").glob("*.py")), ids=lambda path: path.stem)
