@@ -608,7 +608,7 @@ def test_an_interrupted_folder_goes_on_where_it_was(zoo_folder, beton, tmp_path,
     real, evaluated = supervised._evaluate, []
 
     def watch(candidate, config, ranks):
-        evaluated.append(Path(candidate.weights.info["path"]).name)
+        evaluated.append(Path(candidate.weights.path).name)
         if len(evaluated) == 2:
             raise KeyboardInterrupt
         return real(candidate, config, ranks)
