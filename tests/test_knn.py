@@ -22,6 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ssl_xcit.checkpoints.folder import save_checkpoint
 from ssl_xcit.data.beton import Beton
 from ssl_xcit.data.datasets import check_datasets
+from ssl_xcit.data.loader import EvalLoader
+from ssl_xcit.data.views import EvalView
 from ssl_xcit.data.writer import write_beton
 from ssl_xcit.dino.config import Crops, TrainConfig
 from ssl_xcit.dino.config import Probe as ProbeSettings
