@@ -150,7 +150,6 @@ class MultiCropLoader(_Loader):
         seed: of order and views.
         rank, world_size: this process among those that share the training.
         accumulation_steps: micro-batches per optimiser step.
-        options: the following ones, with the defaults of `_Loader`:
         num_threads: worker threads; 0: this process's share of the cores.
         dtype: torch.uint8 (0 to 255), or torch.float32, normalised.
         mean, std: per channel, of values in 0 to 1; for float32.
@@ -176,9 +175,14 @@ class MultiCropLoader(_Loader):
         rank: int = 0,
         world_size: int = 1,
         accumulation_steps: int = 1,
-        **options: object,
+        num_threads: int = 0,
+        dtype: torch.dtype = torch.uint8,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        prefetch: int = 2,
+        subset: Int64[np.ndarray, "n"] | None = None,
     ) -> None:
-        super().__init__(beton, views, batch_size, **options)
+        super().__init__(beton, views, batch_size, num_threads, dtype, mean, std, prefetch, subset)
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.accumulation_steps = accumulation_steps
         self.global_batch = batch_size * world_size * accumulation_steps
