@@ -444,6 +444,14 @@ def test_wrong_files_are_named_with_their_key(tmp_path, text, parts):
         assert str(path) in message
 
 
+def test_a_setting_that_no_longer_exists_is_skipped_in_the_config_of_an_old_run(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "arch: xcit_nano_12_p8\ndata: d\nout: o\nhead: {prototype_chunk: 8, out_dim: 64}\n"
+    )
+    assert read_config(TrainConfig, path).head == Head(out_dim=64)
+
+
 def test_an_unreadable_file_is_named(tmp_path):
     assert f"{tmp_path}/no.yaml: No such file" in fails(
         TrainConfig, ["--config", f"{tmp_path}/no.yaml"]

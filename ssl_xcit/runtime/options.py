@@ -37,6 +37,8 @@ IGNORED_DINO_KEYS = frozenset(
     """comment data_path dist_backend dist_url distributed gpu job_dir local_rank ngpus nodes
     output_dir partition patch_size rank timeout use_volta32 world_size""".split()  # noqa: SIM905
 )
+# Settings of former versions that the config.yaml of an old run may hold. None changed a number.
+REMOVED = frozenset({"head.prototype_chunk"})
 BOOLEANS = dict.fromkeys(("true", "yes", "on", "1"), True)
 BOOLEANS |= dict.fromkeys(("false", "no", "off", "0"), False)
 
@@ -228,7 +230,10 @@ def read_flags(cls: type, argv: Sequence[str]) -> tuple[dict[str, Value], list[P
         if value in (None, []):
             raise UserError(f"--{name} needs a value: {_describe(leaves(cls)[name])}")
         if isinstance(value, list):
-            values[name] = _convert(leaves(cls)[name], " ".join(value), f"--{name}")
+            kind = leaves(cls)[name]
+            paths_or_names = typing.get_args(kind)[0] is str  # which may have spaces in them
+            given = value if paths_or_names else " ".join(value)
+            values[name] = _convert(kind, given, f"--{name}")
     return values, paths, wants_help
 
 
@@ -350,6 +355,8 @@ def read_file(cls: type, path: Path) -> dict[str, Value]:
     is_dino = path.suffix == ".txt"
     pairs = _read_dino_args(text, path) if is_dino else _open_sections(cls, _tree(text, path))
     for spelling, value in pairs:
+        if spelling in REMOVED:
+            continue
         name = _resolve(cls, spelling, str(path))
         if name in values:
             raise UserError(f"{path}: {name} is given twice (again as {spelling})")
