@@ -380,7 +380,7 @@ def test_a_loss_that_is_no_longer_finite_stops_the_run_before_it_is_saved(photos
 
 def test_running_out_of_memory_names_the_options_to_change(photos, tmp_path):
     advice = train.memory_advice(config(photos, tmp_path))
-    named = r"size_per_gpu 12.*--accumulation_steps 1.*, give --crops_in_turn true or --activation_"
+    named = r"size_per_gpu 12.*--accumulation_steps 1.*, use --crops_in_turn true or --activation_"
     with pytest.raises(UserError, match=named), advice:
         torch.empty(2**50)  # the allocator's own refusal
     frugal = config(photos, tmp_path, crops_in_turn=True, activation_checkpointing=True)
@@ -391,9 +391,7 @@ def test_running_out_of_memory_names_the_options_to_change(photos, tmp_path):
         torch.empty(2**50)
     for useless in ({"use_bn_in_head": True}, {"local_crops_number": 0}):
         with (
-            pytest.raises(
-                UserError, match="the same result, give --activation_checkpointing true,"
-            ),
+            pytest.raises(UserError, match="the same result, use --activation_checkpointing true,"),
             train.memory_advice(config(photos, tmp_path, **useless)),
         ):
             torch.empty(2**50)

@@ -1,4 +1,4 @@
-"""Pretraining that starts from weights: `--init_from FILE`."""
+"""Start a pretraining from existing weights: `--init_from FILE`."""
 
 from pathlib import Path
 from typing import Literal
@@ -21,13 +21,14 @@ def init_from(
     teacher: MultiCropWrapper,
     dino_loss: DINOLoss,
 ) -> list[str]:
-    """Load what `path` holds into student, teacher and centre; lines that say what was and was not.
+    """Load weights into student, teacher and centre; return lines that say what was loaded.
 
-    `path` is anything `read_dino_model` reads: a full checkpoint (ours or DINO's: each network gets
-    its own weights), or a backbone of any format, which then both networks start from. With "all",
-    a head and a centre in the file are loaded too, and must fit; "backbone" leaves them out.
+    `path` is anything `read_dino_model` reads: a full checkpoint (ours or DINO's), from which each
+    network gets its own weights, or a backbone in any format, from which both networks start. With
+    `parts` "all", a head and a centre in the file are loaded too and must fit; "backbone" ignores
+    them.
 
-    Raises UserError for another architecture and for whatever does not fit.
+    Raises UserError if the architecture differs or anything does not fit.
     """
     lines = []
     for role, network in (("student", student), ("teacher", teacher)):
@@ -54,15 +55,15 @@ def init_from(
 
 
 def _fit(module: nn.Module, state: StateDict, what: str) -> None:
-    """Load `state`, whose names and shapes must be the module's own."""
+    """Load `state`, whose names and shapes must match the module's."""
     own = module.state_dict()
     missing, unknown = own.keys() - state.keys(), state.keys() - own.keys()
     shapes = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
     if missing or unknown or shapes:
-        wrong = {"lacks": missing, "has besides": unknown, "has other shapes of": shapes}
+        wrong = {"lacks": missing, "has extra": unknown, "has other shapes for": shapes}
         reasons = "; ".join(f"{verb} {listing(keys)}" for verb, keys in wrong.items() if keys)
         raise UserError(
-            f"{what} does not fit this run ({reasons}): give the settings it was trained with, or "
-            "--init_parts backbone for its backbone alone"
+            f"{what} does not fit this run ({reasons}): use the settings it was trained with, or "
+            "--init_parts backbone to load only its backbone"
         )
     module.load_state_dict(state)
