@@ -255,7 +255,7 @@ IMAGENET = 1_281_167  # training images of ImageNet-1k
 
 @dataclass(frozen=True)
 class PlanConfig(TrainConfig):
-    """Predict the cost of a pretraining run. Takes all options of main_dino.py and the machine's."""
+    """Predict the cost of a pretraining run. Takes main_dino.py's options and the machine's."""
 
     data: str = ""
     """Not used: --images gives the number of images."""
