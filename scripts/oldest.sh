@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Run all tests with the oldest PyTorch that the README promises, and with the newest Python where
-# this machine has it, in a second virtual environment.
+# Run all tests in a second virtual environment with the oldest PyTorch that the README promises, and
+# with the newest supported Python that this machine has.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 oldest=.venv-oldest.txt
-# torchvision follows torch, each of its releases asks for one release of torch.
+# Leave torchvision unpinned: each of its releases requires one specific release of torch.
 cat requirements.txt requirements-dev.txt | sed \
     -e 's/^torch==.*/torch==2.11.*/' -e 's/^torchvision==.*/torchvision/' -e '/^-r /d' >$oldest
 
