@@ -77,7 +77,7 @@ class Model:
     """Backbone"""
 
     drop_path_rate: float = 0.1
-    """Stochastic depth rate of the student, the same in every block."""
+    """Stochastic depth of the student: the same rate in every block."""
     in_chans: int = 3
     """Channels of an image."""
     init_from: str = ""

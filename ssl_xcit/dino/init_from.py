@@ -60,7 +60,7 @@ def _fit(module: nn.Module, state: StateDict, what: str) -> None:
     missing, unknown = own.keys() - state.keys(), state.keys() - own.keys()
     shapes = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
     if missing or unknown or shapes:
-        wrong = {"lacks": missing, "has extra": unknown, "has other shapes for": shapes}
+        wrong = {"lacks": missing, "has extra": unknown, "has other shapes of": shapes}
         reasons = "; ".join(f"{verb} {listing(keys)}" for verb, keys in wrong.items() if keys)
         raise UserError(
             f"{what} does not fit this run ({reasons}): use the settings it was trained with, or "

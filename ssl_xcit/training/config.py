@@ -29,7 +29,7 @@ class Run:
     saveckp_freq: int = 20
     """Epochs between two checkpoints that are kept forever; 0 = none."""
     sync_bn: bool = True
-    """BatchNorm over the batches of all ranks; false: over each rank's micro-batch."""
+    """BatchNorm over the batches of all ranks; false: over each micro-batch."""
     max_bad_steps: int = 10
     """Consecutive steps with a non-finite loss or gradient after which the run stops."""
     stall_timeout: float = 600.0
