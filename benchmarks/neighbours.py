@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="measured per turn")
     args = parser.parse_args()
     case, cores = CASES[args.case], len(os.sched_getaffinity(0))
-    crowds = {0: "alone", 1: "beside 1", cores: f"beside {cores}"}
+    crowds = {0: "alone", 1: "next to 1", cores: f"next to {cores}"}
     program = f"ours {args.precision}"
     servers = {way: Server(program, case, variables) for way, variables in WAYS.items()}
     for server in servers.values():
