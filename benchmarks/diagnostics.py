@@ -1,12 +1,12 @@
-"""What do the diagnostics of a logged step cost? CPU-ms of a step with them beside one without.
+"""Cost of a logged step's health metrics: CPU-ms of a step with and without them.
 
     python benchmarks/diagnostics.py [--setting demo|small] [--pairs 15]
 
-A real step of `ssl_xcit.dino.train` in one thread on one batch of random pixels that is taken again
-and again, alternately with and without what a logged step does more: the diagnostics of its logits
-and features, the numbers of the row, and the verdict. `diagnostics_ms` is the time in just these,
-which the difference of two steps hides in its noise. Medians of CPU time; the shares are those of
-an interval of `log_every` steps, of which one is logged.
+Runs real steps of `ssl_xcit.dino.train` in one thread on one repeated batch of random pixels,
+alternately with and without the extra work of a logged step: health metrics of logits and features,
+the numbers of the row, and the verdict. `diagnostics_ms` times only this work, because the
+difference between two steps is lost in noise. Figures are medians of CPU time; shares refer to an
+interval of `log_every` steps, of which one is logged.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict:
-    """{"plain_ms": ..., "logged_ms": ..., "diagnostics_ms": ..., "share_percent": ...}"""
+    """Return {"plain_ms": ..., "logged_ms": ..., "diagnostics_ms": ..., "share_percent": ...}."""
     import torch
 
     from ssl_xcit.dino import algorithm, train
@@ -74,7 +74,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
             task.verdict([row] * 7)
             alone[-1] += 1000 * (time.process_time() - after)
         spent[logged].append(1000 * (time.process_time() - start))
-    plain, logged = (statistics.median(spent[kind][1:]) for kind in (False, True))  # first: warm
+    plain, logged = (statistics.median(spent[kind][1:]) for kind in (False, True))  # first: warm-up
     extra = statistics.median(alone[1:])
     interval = config.run.log_every * plain
     return {
@@ -88,7 +88,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
 
 
 def write_noise(folder: Path) -> Path:
-    """A .beton of 64 JPEGs of random pixels."""
+    """Write a .beton of 64 JPEGs of random pixels."""
     import numpy as np
     from PIL import Image
 

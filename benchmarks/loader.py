@@ -1,18 +1,18 @@
-"""How fast are the views? Our loader beside the alternatives, on the same JPEG bytes and cores.
+"""Speed of our loader and of alternatives, on the same JPEG bytes and cores.
 
     python benchmarks/loader.py [--data FOLDER] [--prototype FOLDER]
 
-Every contender lives in a process of its own and is measured in turns, several rounds of each, so
-that all see the same machine; the table has the median round. CPU time is that of the contender's
-whole process tree: on a busy machine it says more than images per second.
+Each loader runs in its own process. They take turns for several rounds, so that all see the same
+machine load, and the table shows the median round. CPU time covers the loader's whole process tree;
+on a busy machine it is more reliable than images per second.
 
     ours          this project's loader, uint8
-    ours, float   the same, normalised float32, as for training on a CPU
-    official      DINO's: Pillow and torchvision in a DataLoader
+    ours, float   the same with normalised float32 output, as for training on a CPU
+    official      DINO's loader: Pillow and torchvision in a DataLoader
     v2            torchvision's transforms v2 on tensors, decode_jpeg
-    ffcv          stock FFCV, a pipeline per view (it can crop and flip only: no colour, no blur)
-    decode        FFCV's JPEG decoder alone: no loader can be faster
-    prototype     an earlier one of ours, if its folder is given
+    ffcv          stock FFCV, a pipeline per view (only crop and flip: no colour, no blur)
+    decode        FFCV's JPEG decoder alone, an upper bound on speed
+    prototype     an earlier prototype of our loader, if its folder is given
 """
 
 import argparse
@@ -36,7 +36,7 @@ SAMPLE = Path(__file__).parents[2] / "shared" / "data" / "imagenet_sample" / "tr
 BATCH, MOST_IMAGES = 64, 1000
 
 
-# --- contenders: each returns a function that consumes one epoch --------------------------------
+# --- loaders: each returns a function that consumes one epoch -----------------------------------
 
 
 def ours(args: argparse.Namespace, dtype: str = "uint8") -> Callable[[], int]:
@@ -236,7 +236,7 @@ CONTENDERS = {
 
 
 def child(args: argparse.Namespace) -> None:
-    """One contender: an epoch per line on standard input, then how many images it had."""
+    """Run one loader: an epoch per line of standard input, each answered by its image count."""
     warnings.simplefilter("ignore")
     epoch = CONTENDERS[args.child](args)
     epoch()
@@ -249,7 +249,7 @@ def child(args: argparse.Namespace) -> None:
 
 
 class Contender:
-    """A contender's process, seen from outside."""
+    """The process of a loader."""
 
     def __init__(self, name: str, options: list[str]) -> None:
         self.name = name
@@ -266,7 +266,7 @@ class Contender:
         self.rounds: list[tuple[float, float]] = []
 
     def run(self) -> None:
-        """One epoch: notes images per second and CPU-milliseconds per image."""
+        """Run one epoch; record images per second and CPU-milliseconds per image."""
         cpu, start = self.cpu_seconds(), time.perf_counter()
         print(file=self.process.stdin, flush=True)
         images = int(self._answer())
@@ -274,12 +274,12 @@ class Contender:
         self.rounds.append((images / seconds, 1000 * (self.cpu_seconds() - cpu) / images))
 
     def result(self) -> tuple[float, float]:
-        """The medians over the rounds."""
+        """Return the medians over the rounds."""
         speed, cpu = zip(*self.rounds, strict=True)
         return statistics.median(speed), statistics.median(cpu)
 
     def cpu_seconds(self) -> float:
-        """CPU time of the process tree."""
+        """Return the CPU time of the process tree."""
         ticks = 0
         for pid in self._tree():
             fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
@@ -287,7 +287,7 @@ class Contender:
         return ticks / os.sysconf("SC_CLK_TCK")
 
     def memory(self) -> int:
-        """Bytes the process tree has in memory now, shared pages divided among their owners."""
+        """Return the resident bytes of the process tree, with shared pages split among owners."""
         files = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in self._tree()]
         lines = [line for file in files for line in file.splitlines() if line.startswith("Pss:")]
         return sum(1024 * int(line.split()[1]) for line in lines)
@@ -313,7 +313,7 @@ class Contender:
 
 
 def measure(title: str, names: list[str], options: list[str], rounds: int, workers: int) -> None:
-    """Print a table of the contenders."""
+    """Measure the loaders and print a table."""
     contenders = [Contender(name, options) for name in names]
     for _ in range(rounds):
         for contender in contenders:
@@ -365,7 +365,7 @@ def main() -> None:
         if data is None:
             data = folder / "photographs"
             cut_photographs(data)
-        # The same bytes twice: one file for us and FFCV, and single files for the others
+        # The same bytes twice: one .beton for us and FFCV, single files for the others.
         original, small = folder / "original.beton", folder / "small.beton"
         write_beton(data, original, mode="jpg", limit=MOST_IMAGES, progress=False)
         shrink(original, folder / "shrunk")
@@ -389,7 +389,7 @@ def main() -> None:
 
 
 def shrink(path: Path, folder: Path) -> None:
-    """Images as FFCV's users store ImageNet: the long side at most 500, JPEG of quality 90."""
+    """Write images as FFCV users store ImageNet: long side at most 500, JPEG quality 90."""
     from PIL import Image
 
     from ssl_xcit.data.beton import Beton
@@ -403,7 +403,7 @@ def shrink(path: Path, folder: Path) -> None:
 
 
 def unpack(path: Path) -> None:
-    """The images of a .beton as files, in a folder beside it."""
+    """Write the images of a .beton as files in a folder next to it."""
     from ssl_xcit.data.beton import Beton
 
     beton, folder = Beton(path), path.with_suffix("")
@@ -414,7 +414,7 @@ def unpack(path: Path) -> None:
 
 
 def cut_photographs(folder: Path) -> None:
-    """256 images of up to 500 pixels, cut from scikit-learn's two photographs."""
+    """Write 256 images of up to 500 pixels, cut from scikit-learn's two photographs."""
     from PIL import Image
     from sklearn.datasets import load_sample_images
 

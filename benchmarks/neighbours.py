@@ -1,11 +1,11 @@
-"""What a training keeps of its speed beside other processes that want its cores.
+"""Training speed next to other busy processes on the same cores.
 
     python benchmarks/neighbours.py [--case nano_32] [--precision auto] [--rounds 3]
 
-Images/s of a step alone, beside one busy process, and beside one for each core; the share is of
-what is fair: of C cores, beside B busy processes, C / (C + B). Each row is a way for OpenMP's
-threads to wait for each other, in a process of its own. They take turns; each turn begins with some
-seconds that do not count. See ssl_xcit/runtime/neighbours.py.
+Prints images/s of a step alone, next to one busy process, and next to one per core. The share is
+relative to the fair speed: C / (C + B) on C cores next to B busy processes. Each row is a way for
+OpenMP's threads to wait for each other, in its own process. The processes take turns, and each turn
+begins with a few seconds of warm-up. See ssl_xcit/runtime/neighbours.py.
 """
 
 import argparse
@@ -18,8 +18,8 @@ import time
 from train_step import CASES, Server
 
 WAYS = {
-    "ours: spin, or sleep while somebody waits": {},
-    "OpenMP's own: GOMP_SPINCOUNT=300000": {"GOMP_SPINCOUNT": "300000"},
+    "ours: spin; sleep under contention": {},
+    "OpenMP's default: GOMP_SPINCOUNT=300000": {"GOMP_SPINCOUNT": "300000"},
     "GOMP_SPINCOUNT=10000": {"GOMP_SPINCOUNT": "10000"},
     "GOMP_SPINCOUNT=1000": {"GOMP_SPINCOUNT": "1000"},
     "OMP_WAIT_POLICY=passive": {"OMP_WAIT_POLICY": "passive"},
@@ -32,14 +32,14 @@ def main() -> None:
     parser.add_argument("--case", default="nano_32", choices=CASES)
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=4.0, help="of each turn that count")
+    parser.add_argument("--seconds", type=float, default=4.0, help="measured per turn")
     args = parser.parse_args()
     case, cores = CASES[args.case], len(os.sched_getaffinity(0))
-    crowds = {0: "alone", 1: "beside 1", cores: f"beside {cores}"}
+    crowds = {0: "alone", 1: "next to 1", cores: f"next to {cores}"}
     program = f"ours {args.precision}"
     servers = {way: Server(program, case, variables) for way, variables in WAYS.items()}
     for server in servers.values():
-        server.step()  # builds; the first answer tells facts
+        server.step()  # builds the program; the first answer describes it
     rates: dict[tuple[str, int], list[float]] = {}
     for _ in range(args.rounds):
         for crowd in crowds:
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def images_per_second(server: Server, batch: int, seconds: float) -> float:
-    """Of the steps that begin within that time."""
+    """Images per second of the steps that begin within `seconds`."""
     start, images = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
         server.step()

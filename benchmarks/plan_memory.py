@@ -1,15 +1,15 @@
-"""How right is `ssl-xcit plan` about memory? Its peak beside that of real steps on a CPU.
+"""Accuracy of the memory that `ssl-xcit plan` predicts, compared with real steps on a CPU.
 
     python benchmarks/plan_memory.py [--batch 4] [--local_crops 4] [--out_dim 8192] [--bf16]
 
-For each architecture fresh processes run two real optimiser steps on random pixels, made of the
-same pieces as `ssl_xcit.dino.train`'s, and report
+For each architecture, fresh processes run two real optimiser steps on random pixels, built from the
+same parts as those of `ssl_xcit.dino.train`, and report
 
-    tensors   most bytes of storages that operators' results occupied at once, without the scratch
-              memory inside of operators: what the plan predicts
-    process   most resident memory, above what the process had before it built the networks
+    tensors   peak bytes of live storages of operators' results, without scratch memory inside
+              operators: what the plan predicts
+    process   peak resident memory, minus that of the process before it built the networks
 
-glibc is told to give every larger block back at once, or its own caching would be measured.
+glibc is configured to return every larger block at once, or its own caching would be measured.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def in_a_new_process(args: argparse.Namespace, arch: str, kind: str) -> dict:
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """{"plan": bytes, "peak": bytes} of the one architecture in `args.archs`."""
+    """Return {"plan": bytes, "peak": bytes} for the only architecture in `args.archs`."""
     import torch
 
     from ssl_xcit.dino.config import Crops, Head, Optim, TrainConfig
@@ -91,19 +91,19 @@ def measure(args: argparse.Namespace) -> dict:
     )
     plan = training_memory(config, 1, cuda=False).peak
 
-    steps(smallest(config))  # torch's libraries set themselves up
+    steps(smallest(config))  # initialises torch's libraries
     if args.measure == "tensors":
         with LiveBytes([]) as live:
             steps(config)
         return {"plan": plan, "peak": live.peak}
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
     steps(config)
     return {"plan": plan, "peak": resident("VmHWM") - before}
 
 
 def steps(config: object) -> None:
-    """Two optimiser steps on random pixels, from scratch."""
+    """Run two optimiser steps on random pixels, from scratch."""
     import copy
 
     import torch
@@ -138,7 +138,7 @@ def steps(config: object) -> None:
 
 
 def smallest(config: object) -> object:
-    """The same training, tiny."""
+    """Return a tiny version of the same training."""
     import dataclasses
 
     crops = dataclasses.replace(config.crops, global_crops_size=32, local_crops_size=32)
@@ -148,7 +148,7 @@ def smallest(config: object) -> object:
 
 
 def resident(line: str) -> int:
-    """Bytes of VmRSS (now) or VmHWM (the most since the mark was set) of this process."""
+    """Return this process's VmRSS (now) or VmHWM (the peak since the last reset) in bytes."""
     for text in Path("/proc/self/status").read_text().splitlines():
         if text.startswith(f"{line}:"):
             return 1024 * int(text.split()[1])

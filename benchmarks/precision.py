@@ -1,8 +1,8 @@
-"""Images/s of a training step in each precision, and whether `auto` takes the quickest here.
+"""Images/s of a training step in each precision, and whether `auto` selects the fastest.
 
     python benchmarks/precision.py [--case nano_32] [--rounds 5] [--device cpu]
 
-Another machine, on an x86 processor that has bfloat16:
+To emulate a CPU without bfloat16 on an x86 processor that has it:
 
     ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python benchmarks/precision.py
 """
@@ -26,8 +26,8 @@ def main() -> None:
     servers = {name: Server(f"ours {name}", case, {}, options) for name in NAMES}
     seconds: dict[str, list[float]] = {name: [] for name in NAMES}
     for server in servers.values():
-        server.step()  # builds; the first answer tells facts
-        server.step()  # warms up
+        server.step()  # builds the program; the first answer describes it
+        server.step()  # warm-up
     for _ in range(args.rounds):
         for name, server in servers.items():
             seconds[name].append(server.step()["wall"])
@@ -43,7 +43,7 @@ def main() -> None:
     for name, rate in rates.items():
         print(f"{name}{rate:10.1f} images/s" + ("   auto" if name == chosen.name else ""))
     best = max(rates, key=rates.get)
-    print(f"auto takes {chosen.name} ({chosen.reason}); the quickest was {best}")
+    print(f"auto selects {chosen.name} ({chosen.reason}); the fastest was {best}")
 
 
 if __name__ == "__main__":

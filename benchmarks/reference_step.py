@@ -1,12 +1,12 @@
-"""DINO's training step of an XCiT written from the equations: an oracle and a yardstick.
+"""DINO's training step for an XCiT, written from the equations: a test oracle and a baseline.
 
-It executes what the code of 2021 executed, operation for operation: every normalised copy of the
-queries and keys, a projection of every token in the class attention, one log-softmax for each pair
-of a teacher's and a student's view, a clipping and an average that visit tensor after tensor and
-ask the device for each norm. Nothing of it comes from `ssl_xcit`; parameters have the same names,
-so that weights go back and forth with `strict=True`.
+It executes the official code of 2021 operation for operation: normalised copies of queries and
+keys, a projection of every token in the class attention, one log-softmax per pair of teacher and
+student view, and clipping and teacher updates that loop over tensors and synchronise for each norm.
+It imports nothing from `ssl_xcit`. Parameters have the same names, so weights can be exchanged with
+`strict=True`.
 
-tests/test_train_step.py holds ssl_xcit's step against it, benchmarks/train_step.py times both.
+tests/test_train_step.py compares ssl_xcit's step with it; benchmarks/train_step.py times both.
 """
 
 import math
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-WIDTHS = {  # name: embed_dim, depth, heads, LayerScale's gain, norm2 sees all tokens
+WIDTHS = {  # name: embed_dim, depth, heads, LayerScale init, norm2 on all tokens
     "xcit_nano_12": (128, 12, 4, 1.0, False),
     "xcit_tiny_12": (192, 12, 4, 1.0, True),
     "xcit_tiny_24": (192, 24, 4, 1e-5, True),
@@ -27,7 +27,7 @@ WIDTHS = {  # name: embed_dim, depth, heads, LayerScale's gain, norm2 sees all t
 
 
 class DropPath(nn.Module):
-    """Each sample loses the branch with probability `rate`; those kept grow by 1 / (1 - rate)."""
+    """Drops the branch of a sample with probability `rate`; scales the others by 1 / (1 - rate)."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class DropPath(nn.Module):
 
 
 class Positions(nn.Module):
-    """Fourier features of a full mask, summed up along both axes for every image of every batch."""
+    """Fourier features from cumulative sums of a full mask, for every image of every batch."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Positions(nn.Module):
 
 
 class CrossCovariance(nn.Module):
-    """softmax(q_hat k_hat^T * temperature) v for each head, over channels."""
+    """XCA: softmax(q_hat k_hat^T * temperature) v per head, over channels."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class CrossCovariance(nn.Module):
 
 
 class LocalInteraction(nn.Module):
-    """Two depthwise convolutions over the tokens, laid out as an image and back."""
+    """LPI: two depthwise convolutions over the tokens, reshaped to an image and back."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class Block(nn.Module):
 
 
 class ClassAttention(nn.Module):
-    """All tokens get queries, keys and values; only the first query is used."""
+    """Class attention that computes q, k and v of all tokens but uses only the first query."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class ClassAttention(nn.Module):
 
 
 class ClassBlock(nn.Module):
-    """Class attention with the residuals of the published weights, the doubled tokens included."""
+    """Class-attention block with the residuals of the published weights (tokens are doubled)."""
 
     def __init__(self, dim: int, heads: int, eta: float, tokens_norm: bool) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ class ClassBlock(nn.Module):
 
 
 class Backbone(nn.Module):
-    """The XCiT called `arch`; the output is the cls token."""
+    """XCiT `arch` without a head; the output is the cls token."""
 
     def __init__(self, arch: str, drop_path: float) -> None:
         super().__init__()
@@ -204,7 +204,7 @@ class Backbone(nn.Module):
 
 
 class Prototypes(nn.Module):
-    """Unit rows v / |v| times g, made anew for each forward."""
+    """Weight-normed linear layer, g v / |v|, renormalised in each forward pass."""
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ class Prototypes(nn.Module):
 
 
 class Head(nn.Module):
-    """Three Linear layers, unit length, prototypes."""
+    """Projection head: three Linear layers, L2 normalisation, prototypes."""
 
     def __init__(self, dim: int, out_dim: int, hidden: int, bottleneck: int) -> None:
         super().__init__()
@@ -232,7 +232,7 @@ class Head(nn.Module):
 
 
 class Network(nn.Module):
-    """Views of a size go through the backbone together, all of them through the head."""
+    """Runs the backbone once per view size, and the head once on all views."""
 
     def __init__(
         self, arch: str, out_dim: int, hidden: int, bottleneck: int, drop_path: float
@@ -252,9 +252,9 @@ class Network(nn.Module):
 
 
 class ReferenceStep:
-    """Student, teacher, centre, AdamW; calling it is one step.
+    """Student, teacher, centre and AdamW; a call is one step.
 
-    `views`: the two global ones, then the local ones, (n, 3, side, side) each.
+    `views`: the two global views, then the local ones, (n, 3, side, side) each.
     """
 
     def __init__(
@@ -282,7 +282,7 @@ class ReferenceStep:
         self.optimizer = torch.optim.AdamW(self.groups())
 
     def groups(self) -> list[dict]:
-        """Weight decay for all but biases and vectors."""
+        """Return parameter groups: weight decay for all but biases and vectors."""
         decayed, plain = [], []
         for name, parameter in self.student.named_parameters():
             if parameter.requires_grad:
@@ -291,19 +291,19 @@ class ReferenceStep:
         return [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
 
     def to(self, target: torch.device | torch.dtype) -> "ReferenceStep":
-        """On a device, or in another precision."""
+        """Move to a device, or convert to another precision."""
         self.student.to(target)
         self.teacher.to(target)
         self.center = self.center.to(target)
         return self
 
     def load(self, student: dict, teacher: dict) -> None:
-        """Weights of another pair of networks."""
+        """Load the weights of another pair of networks."""
         self.student.load_state_dict(student)
         self.teacher.load_state_dict(teacher)
 
     def __call__(self, views: list[Tensor], lr: float = 1e-3, weight_decay: float = 0.04) -> float:
-        """One step; the loss."""
+        """Run one step; return the loss."""
         for i, group in enumerate(self.optimizer.param_groups):
             group["lr"] = lr
             if i == 0:
@@ -332,7 +332,7 @@ class ReferenceStep:
         return loss.item()
 
     def loss(self, student_logits: Tensor, teacher_logits: Tensor, views: int) -> Tensor:
-        """Mean of -q log p over the pairs of different views; the centre moves at once."""
+        """Mean of -q log p over pairs of different views; updates the centre immediately."""
         student_temp, teacher_temp = self.temperatures
         student = (student_logits / student_temp).chunk(views)
         teacher = F.softmax((teacher_logits - self.center) / teacher_temp, dim=-1)

@@ -1,11 +1,11 @@
-"""What a training step costs against resolution, local crops, prototypes and ranks.
+"""Cost of a training step as a function of resolution, local crops, prototypes and ranks.
 
     python benchmarks/scaling.py [--case nano_12_p16] [--precision bf16] [--steps 3] [--threads 2]
 
-Each line is a process of its own that takes real steps of ours, as in train_step.py: the least CPU
-and wall seconds of a step, peak memory of the process, and both beside the first line of its table.
-XCA is linear in the number of tokens: so is the whole step, where the tokens are what costs. With
-ranks the threads are shared out among them and the batch is each rank's, as on a cluster.
+Each line comes from its own process, which runs our real steps as in train_step.py. It shows the
+minimum CPU and wall seconds of a step, the peak memory of the process, and both relative to the
+first line of the table. XCA is linear in the number of tokens, and so is the whole step if the
+tokens dominate its cost. Ranks share the threads, and each has the full batch, as on a cluster.
 """
 
 import argparse
@@ -19,13 +19,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", default="nano_12_p16", choices=CASES)
     parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16"))
-    parser.add_argument("--steps", type=int, default=3, help="counted, after one that is not")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps, after one of warm-up")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()
     case = CASES[args.case]
     patch_size = int(case.arch.rpartition("_p")[2])
     print(
-        f"{case.arch}, {args.precision}, batch {case.batch} a rank, {args.threads} threads in all"
+        f"{case.arch}, {args.precision}, batch {case.batch} per rank, {args.threads} threads in all"
     )
     points = []
     for side in (96, 160, 224, 320, 448):
@@ -50,7 +50,7 @@ def main() -> None:
 def table(
     args: argparse.Namespace, title: str, points: list[tuple[str, Case, int]], ranks: bool = False
 ) -> None:
-    """Measure the points and print them."""
+    """Measure the points and print the table."""
     print(f"\n{title}\n{'':44}{'CPU s':>8}{'wall s':>8}{'peak MB':>9}{'CPU':>7}{'memory':>8}")
     base = None
     for name, case, size in points:
@@ -64,7 +64,7 @@ def table(
 
 
 def measure(args: argparse.Namespace, case: Case, ranks: int) -> tuple[float, float, int]:
-    """(CPU seconds of all ranks, wall seconds, peak memory of a rank) of a step."""
+    """Return (CPU seconds of all ranks, wall seconds, peak memory of a rank) of a step."""
     program = f"ours {args.precision}"
     assert program in OURS
     environment = {"OMP_NUM_THREADS": str(max(1, args.threads // ranks))}
@@ -78,7 +78,7 @@ def measure(args: argparse.Namespace, case: Case, ranks: int) -> tuple[float, fl
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
         servers.append(Server(program, case, environment | place))
     steps = []
-    for _ in range(2 + args.steps):  # the first answer is about the start, the second is warm-up
+    for _ in range(2 + args.steps):  # the first answer describes the program, the second is warm-up
         for server in servers:
             server.ask()
         steps.append([server.answer() for server in servers])

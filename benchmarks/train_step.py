@@ -1,17 +1,19 @@
-"""One training step of ours beside the code of 2021: seconds, images, FLOP/s, memory.
+"""Our training step compared with the official code of 2021: seconds, images, FLOP/s, memory.
 
     python benchmarks/train_step.py [--cases small_12_p16:8 nano_32:64 ...] [--rounds 5]
         [--official-dino DIR --official-xcit DIR] [--only "ours bf16" ...] [--threads 2]
 
-A step is the teacher's forward pass, the student's over 2 + L crops, loss, backward, clipping,
-AdamW, the teacher's average and the centre. Every program is a process of its own, all of them live
-at once and take turns, step by step, so that a change in the machine's speed meets all alike. Ours
-is `ssl_xcit.training.engine.train_step` itself, on random pixels. The yardstick is
-reference_step.py, which executes the operations of the official code, or with the two folders
-(checkouts of facebookresearch/dino and facebookresearch/xcit) that code itself: its model, head,
-wrapper, loss and clipping in its loop, with BatchNorm2d for SyncBatchNorm, which refuses CPUs, and
-nano with the norm of the other sizes, because its own writes in place what autograd needs. On a GPU
-the official program runs in its own precision, float16 with a loss scale.
+A step consists of the teacher's forward pass, the student's over 2 + L crops, loss, backward pass,
+clipping, AdamW, the teacher update and the centre. Each program runs in its own process. All of
+them are alive at once and take turns step by step, so that changes in machine speed affect all
+alike. Ours is `ssl_xcit.training.engine.train_step` itself, on random pixels.
+
+The baseline is reference_step.py, which executes the operations of the official code. Given the two
+folders (checkouts of facebookresearch/dino and facebookresearch/xcit), it is that code itself: its
+model, head, wrapper, loss and clipping in its loop, with two changes. BatchNorm2d replaces
+SyncBatchNorm, which does not run on CPUs. nano uses the norm of the other sizes, because its own
+modifies in place what autograd needs. On a GPU the official program runs in its own precision,
+float16 with a loss scale.
 """
 
 import argparse
@@ -27,7 +29,7 @@ from typing import NamedTuple
 
 
 class Case(NamedTuple):
-    """What is trained on."""
+    """The network and data of a benchmark."""
 
     arch: str
     batch: int
@@ -47,7 +49,7 @@ CASES = {
     "nano_12_p16": Case("xcit_nano_12_p16", 16),
     "nano_32": Case("xcit_nano_12_p8", 64, (32, 16), 3, 1024, 512, 128, 0.0),  # the demo
 }
-OURS = {  # settings of class Run, and what differs from the case
+OURS = {  # settings of class Run, and differences from the case
     "ours fp32": {},
     "ours auto": {"precision": "auto"},
     "ours fp16": {"precision": "fp16"},
@@ -69,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", default=list(CASES))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--warmup", type=int, default=2, help="steps that are not counted")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before measuring")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--official-dino", default="")
@@ -88,7 +90,7 @@ def main() -> None:
 
 
 class Server:
-    """A program in a process of its own, that takes a step whenever it is asked."""
+    """A program in its own process that runs a step on request."""
 
     def __init__(
         self, program: str, case: Case, environment: dict[str, str], options: tuple[str, ...] = ()
@@ -100,24 +102,24 @@ class Server:
         )
 
     def ask(self) -> None:
-        """For the facts about its start, and then each time for a step."""
+        """Request the description of the program (first call) or a step (later calls)."""
         self.process.stdin.write("step\n")
         self.process.stdin.flush()
 
     def answer(self) -> dict:
-        """What it says of it."""
+        """Wait for the answer and return it."""
         line = self.process.stdout.readline()
         if not line:
             sys.exit(f"a program ended with status {self.process.wait()}")
         return json.loads(line)
 
     def step(self) -> dict:
-        """Ask, and wait for the answer."""
+        """Request a step and wait for the answer."""
         self.ask()
         return self.answer()
 
     def close(self) -> None:
-        """End it."""
+        """End the process."""
         self.process.stdin.close()
         self.process.wait()
 
@@ -128,7 +130,7 @@ def compare(args: argparse.Namespace, name: str, case: Case, yardstick: str) -> 
     options = ["--device", args.device, "--official-dino", args.official_dino]
     options += ["--official-xcit", args.official_xcit]
     servers, warmups = {}, {}
-    for program in programs:  # one at a time: building is not measured
+    for program in programs:  # build one at a time, unmeasured
         threads = {"OMP_NUM_THREADS": str(args.threads)}
         server = servers[program] = Server(program, case, threads, tuple(options))
         facts = server.step()
@@ -167,11 +169,11 @@ def compare(args: argparse.Namespace, name: str, case: Case, yardstick: str) -> 
 
 
 def serve(args: argparse.Namespace) -> None:
-    """Take a step whenever asked."""
+    """Run a step on each request."""
     program, *values = json.loads(args.serve)
     case = Case(*values)._replace(sides=tuple(values[2]))
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # keep the output of libraries out of the answers
     if program.startswith("ours"):
         from ssl_xcit.runtime import processor
 
@@ -198,7 +200,7 @@ def serve(args: argparse.Namespace) -> None:
 
 
 def peak_memory(device: str) -> int:
-    """Bytes: the most that this process, or on a GPU its allocator, has ever held."""
+    """Peak bytes of this process, or on a GPU of its allocator."""
     import torch
 
     if device == "cuda":
@@ -208,7 +210,7 @@ def peak_memory(device: str) -> int:
 
 
 def rates(case: Case, device: str) -> dict[str, float]:
-    """FLOPs of a step, and FLOP/s of the MLP's product in both precisions."""
+    """Return FLOPs of a step, and FLOP/s of the MLP's product in both precisions."""
     import torch
 
     from ssl_xcit.dino.plan import step_flops
@@ -232,7 +234,7 @@ def rates(case: Case, device: str) -> dict[str, float]:
 
 
 def crops_of(case: Case, device: str) -> tuple:
-    """(2, n, 3, s, s) and (L, n, 3, s, s) random pixels, normalised."""
+    """Return normalised random pixels, (2, n, 3, s, s) and (L, n, 3, s, s)."""
     import torch
 
     (large, small), n = case.sides, case.batch
@@ -243,7 +245,7 @@ def crops_of(case: Case, device: str) -> tuple:
 
 
 def settings(case: Case, run: dict, folder: Path, device: str) -> object:
-    """The TrainConfig of ours."""
+    """Return our TrainConfig."""
     from ssl_xcit.dino.config import Crops, Head, Loss, Model, Optim, TrainConfig
     from ssl_xcit.training.config import Run
 
@@ -271,7 +273,7 @@ def settings(case: Case, run: dict, folder: Path, device: str) -> object:
 
 
 def ours(case: Case, run: dict, device: str) -> object:
-    """A function that takes one step of `ssl_xcit`."""
+    """Return a function that runs one step of `ssl_xcit`."""
     import itertools
 
     import torch
@@ -290,7 +292,7 @@ def ours(case: Case, run: dict, device: str) -> object:
         images = Path(folder) / "images" / "noise"
         images.mkdir(parents=True)
         images_of_all = case.batch * int(os.environ.get("WORLD_SIZE", "1"))
-        for i in range(images_of_all):  # Pretraining wants a dataset; they are not looked at
+        for i in range(images_of_all):  # Pretraining needs a data set; these images are not used
             Image.new("RGB", (8, 8)).save(images / f"{i}.png")
         write_beton(images.parent, config.data, progress=False)
         task = Pretraining(config, distributed.setup(device))
@@ -302,7 +304,7 @@ def ours(case: Case, run: dict, device: str) -> object:
 
 
 def reference(case: Case, program: str, device: str) -> object:
-    """A function that takes one step of reference_step.py."""
+    """Return a function that runs one step of reference_step.py."""
     import torch
     from reference_step import ReferenceStep
 
@@ -319,7 +321,7 @@ def reference(case: Case, program: str, device: str) -> object:
 
 
 def official(case: Case, program: str, args: argparse.Namespace) -> object:
-    """A function that takes one step of the official code."""
+    """Return a function that runs one step of the official code."""
     import warnings
 
     import torch
@@ -343,7 +345,7 @@ def official(case: Case, program: str, args: argparse.Namespace) -> object:
                 if isinstance(child, nn.SyncBatchNorm):
                     setattr(module, name, nn.BatchNorm2d(child.num_features))
         for block in backbone.cls_attn_blocks:
-            block.tokens_norm = True  # else it writes into what autograd needs, and training fails
+            block.tokens_norm = True  # else it modifies what autograd needs, and training fails
         head = DINOHead(
             backbone.embed_dim,
             case.out_dim,

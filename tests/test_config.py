@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssl_xcit.dino.config import TrainConfig
+from ssl_xcit.dino.config import Head, TrainConfig
 from ssl_xcit.evaluation.config import KnnConfig
 from ssl_xcit.models.variants import ARCHITECTURES
 from ssl_xcit.runtime import config, options

@@ -1,4 +1,4 @@
-"""The numbers of the log against loops in float64 and numpy's SVD, and in a run's rows."""
+"""The health metrics against loops in float64 and numpy's SVD, and in the rows of a run."""
 
 import math
 from pathlib import Path
@@ -58,7 +58,7 @@ def entropy(probs: list[float]) -> float:
 
 
 def naive(batches: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-    """By loops over images, views and prototypes; all batches are one."""
+    """The health metrics by loops over images, views and prototypes of all batches together."""
     teacher, student, divergences, shares, units = [], [], [], [0.0] * K, []
     for of in batches:
         center = of["center"][0].tolist()
@@ -104,7 +104,7 @@ def numbers(found: dict[str, torch.Tensor]) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_every_number_is_that_of_a_loop_over_images_and_prototypes(dtype, tolerance):
+def test_every_metric_equals_a_loop_over_images_and_prototypes(dtype, tolerance):
     of = batch(dtype=dtype)
     means = means_of(of)
     assert means.shape == (means_size(K, D),)
@@ -113,14 +113,14 @@ def test_every_number_is_that_of_a_loop_over_images_and_prototypes(dtype, tolera
     assert found == pytest.approx(expected, rel=tolerance)
 
 
-def test_a_batch_in_parts_gives_the_numbers_of_the_whole():
+def test_a_batch_in_parts_gives_the_metrics_of_the_whole_batch():
     parts = [batch(seed) for seed in range(2)]
     parts[1]["center"] = parts[0]["center"]
     found = health(sum(map(means_of, parts)) / 2, parts[0]["center"], 2 * N)
     assert numbers(found) == pytest.approx(naive(parts), rel=1e-10)
 
 
-def test_half_precision_is_widened_first():
+def test_half_precision_is_converted_to_float32_first():
     of = {name: tensor.bfloat16() for name, tensor in batch().items()}
     center = of["center"].float()
     wide = {name: tensor.float() for name, tensor in of.items()}
@@ -145,7 +145,7 @@ def test_autocast_rounds_nothing():
     torch.testing.assert_close(found, means_of(of), rtol=1e-6, atol=1e-7)
 
 
-def test_a_certain_teacher_has_entropy_0_and_equal_images_no_spread():
+def test_a_certain_teacher_has_entropy_0_and_equal_images_have_no_spread():
     logits, center = torch.zeros(4, 3), torch.zeros(1, 3)
     logits[:, 1] = 1000.0
     means = batch_means(
@@ -158,7 +158,7 @@ def test_a_certain_teacher_has_entropy_0_and_equal_images_no_spread():
     assert found["feature_std"] < 1e-3
 
 
-def test_features_spread_evenly_have_a_deviation_of_1():
+def test_evenly_spread_features_have_a_standard_deviation_of_1():
     features = torch.cat([torch.eye(8), -torch.eye(8)])
     logits, center = torch.zeros(16, 4), torch.zeros(1, 4)
     means = batch_means(torch.zeros(()), [logits], [logits], features, center, (0.1, 0.04))
@@ -168,7 +168,7 @@ def test_features_spread_evenly_have_a_deviation_of_1():
     assert found["prototypes_used"] == pytest.approx(1.0)
 
 
-def test_a_skipped_step_has_no_numbers():
+def test_a_skipped_step_has_no_metrics():
     found = numbers(health(torch.zeros(means_size(K, D)), torch.ones(1, K), N))
     assert found.pop("center_norm") == pytest.approx(math.sqrt(K))
     assert all(math.isnan(value) for value in found.values())
@@ -196,14 +196,14 @@ def test_rankme_of_equal_orthogonal_directions_is_their_number():
 
 
 def set_depth(monkeypatch: pytest.MonkeyPatch, blocks: int) -> None:
-    """An xcit_nano_12 has so many blocks. One proves as much of a log as twelve."""
+    """Give xcit_nano_12 this number of blocks. One is enough for most tests of the log."""
     variant = xcit.VARIANTS["xcit_nano_12"]._replace(depth=blocks)
     monkeypatch.setitem(xcit.VARIANTS, "xcit_nano_12", variant)
 
 
 @pytest.fixture(autouse=True)
 def depth(monkeypatch, request):
-    """Networks of one block, unless a test wants another number."""
+    """Use networks with one block, unless a test asks for another number."""
     set_depth(monkeypatch, getattr(request, "param", 1))
 
 
@@ -217,7 +217,7 @@ def one_step(photos: Path, out: Path, **changes) -> tuple[Pretraining, dict[str,
 
 
 @pytest.mark.parametrize("depth", [1, pytest.param(12, marks=pytest.mark.long)], indirect=True)
-def test_a_recorded_steps_numbers_are_those_of_its_networks(photos, tmp_path):
+def test_the_metrics_of_a_recorded_step_are_those_of_its_networks(photos, tmp_path):
     run, found = one_step(photos, tmp_path)
     fresh = Pretraining(run.config, run.ranks)
     fresh.loader.set_epoch(0, 0)
@@ -242,7 +242,7 @@ def test_a_recorded_steps_numbers_are_those_of_its_networks(photos, tmp_path):
     assert found["center_norm"] == pytest.approx(run.dino_loss.center.norm().item())
 
 
-def test_a_steps_numbers_are_of_all_its_micro_batches(photos, tmp_path, monkeypatch):
+def test_the_metrics_of_a_step_cover_all_its_micro_batches(photos, tmp_path, monkeypatch):
     parts = []
 
     def noted(*arguments) -> torch.Tensor:
@@ -259,7 +259,7 @@ def test_a_steps_numbers_are_of_all_its_micro_batches(photos, tmp_path, monkeypa
     assert found == pytest.approx(expected, rel=1e-3)
 
 
-def test_only_recorded_steps_compute_anything(photos, tmp_path, monkeypatch):
+def test_only_recorded_steps_compute_health_metrics(photos, tmp_path, monkeypatch):
     calls = []
 
     def counted(*arguments) -> torch.Tensor:
@@ -279,7 +279,7 @@ def test_only_recorded_steps_compute_anything(photos, tmp_path, monkeypatch):
     assert all(math.isfinite(row[key]) for row in rows for key in keys)
 
 
-def test_a_bad_step_leaves_a_row_without_numbers_and_a_checkpoint_that_is_finite(
+def test_a_bad_step_leaves_a_row_without_metrics_and_a_finite_checkpoint(
     photos, tmp_path, monkeypatch
 ):
     loss = Pretraining.loss
@@ -290,7 +290,7 @@ def test_a_bad_step_leaves_a_row_without_numbers_and_a_checkpoint_that_is_finite
 
     monkeypatch.setattr(Pretraining, "loss", broken)
     out = tmp_path / "run"
-    # a save that meets NaN refuses
+    # Saving refuses NaN.
     train.train(config(photos, out, save_every=1e-6, epochs=1))
     rows = read_metrics(out / "metrics.jsonl")
     assert [row["step"] for row in rows if row["train/loss"] is None] == [2]
@@ -298,9 +298,7 @@ def test_a_bad_step_leaves_a_row_without_numbers_and_a_checkpoint_that_is_finite
     assert rows[2]["health/center_norm"] == rows[1]["health/center_norm"]
 
 
-def test_the_probes_share_of_the_time_and_the_rank_of_its_features_are_logged(
-    photos, tmp_path, capsys
-):
+def test_the_probes_time_share_and_the_rank_of_its_features_are_logged(photos, tmp_path, capsys):
     probe = {"probe.every": 2, "probe_train": photos, "probe_test": photos, "probe_k": 1}
     probe |= {"probe_resize": 32, "probe_crop": 32}
     out, plain = tmp_path / "run", tmp_path / "plain"
@@ -324,7 +322,7 @@ def test_the_probes_share_of_the_time_and_the_rank_of_its_features_are_logged(
     assert unprobed == scientific(read_metrics(plain / "metrics.jsonl"))
 
 
-def test_a_probes_subset_is_the_seeds_and_no_image_twice():
+def test_a_probes_subset_depends_on_the_seed_and_has_no_image_twice():
     assert some_images(5, 0, 0).tolist() == some_images(5, 9, 0).tolist() == [0, 1, 2, 3, 4]
     drawn = some_images(1000, 100, 3)
     assert drawn.tolist() == sorted(set(drawn.tolist()))
@@ -332,4 +330,4 @@ def test_a_probes_subset_is_the_seeds_and_no_image_twice():
     assert drawn.max() < 1000
     assert drawn.tolist() == some_images(1000, 100, 3).tolist()
     assert drawn.tolist() != some_images(1000, 100, 4).tolist()
-    assert 350 < drawn.mean() < 650  # of all the file, not of its beginning
+    assert 350 < drawn.mean() < 650  # from the whole file, not from its beginning

@@ -18,7 +18,7 @@ from ssl_xcit.models.xcit import XCiT
 
 
 def naive_head(x, state):
-    """The head of three layers in float64, one prototype at a time for the last."""
+    """A three-layer head in float64, with the last layer one prototype at a time."""
     state = {name: tensor.double() for name, tensor in state.items()}
     x = x.double()
     for layer in (0, 2, 4):
@@ -36,7 +36,7 @@ def naive_head(x, state):
 def test_head_is_mlp_normalisation_and_weight_normed_prototypes(norm_last_layer):
     torch.manual_seed(0)
     head = DINOHead(7, 11, norm_last_layer=norm_last_layer, hidden_dim=13, bottleneck_dim=5)
-    for p in head.parameters():  # biases and norms away from their initial values
+    for p in head.parameters():  # randomise biases and norms too
         nn.init.normal_(p)
     x = torch.randn(6, 7)
     torch.testing.assert_close(
@@ -100,9 +100,9 @@ def test_head_initialisation():
     head = DINOHead(64, 512)
     for layer in (head.mlp[0], head.mlp[2], head.mlp[4]):
         assert layer.weight.std().item() == pytest.approx(0.02, rel=0.03)
-        assert layer.weight.abs().max() > 0.06  # not cut at a few deviations
+        assert layer.weight.abs().max() > 0.06  # not truncated at a few standard deviations
         assert (layer.bias == 0).all()
-    bound = 1 / math.sqrt(256)  # nn.Linear's own: uniform
+    bound = 1 / math.sqrt(256)  # nn.Linear's uniform initialisation
     v = head.last_layer.weight_v
     assert bound * 0.999 < v.abs().max() <= bound
     assert v.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
@@ -120,7 +120,7 @@ def test_head_normalises_in_float32_under_autocast_and_at_any_scale():
     with torch.autocast("cpu", torch.bfloat16):
         logits = head(x)
         head(1e-4 * x)
-    assert logits.dtype == torch.float32  # of bfloat16 products
+    assert logits.dtype == torch.float32  # from bfloat16 products
     for normalised in seen:
         assert normalised.dtype == torch.float32
         torch.testing.assert_close(normalised.norm(dim=1), torch.ones(5), rtol=1e-6, atol=0)
@@ -183,7 +183,7 @@ def test_wrapper_over_xcit_equals_each_view_alone_in_eval_mode():
     torch.testing.assert_close(student(crops), torch.cat(expected), rtol=1e-4, atol=1e-5)
 
 
-def test_wrapper_hands_xcit_its_drop_path_keys():
+def test_wrapper_passes_drop_path_keys_to_xcit():
     student = small_student(drop_path_rate=0.5).train()
     crops = [torch.randn(2, 2, 3, 32, 32), torch.randn(3, 2, 3, 16, 16)]
     keys = [torch.arange(4).view(2, 2), torch.arange(4, 10).view(3, 2)]
@@ -236,7 +236,7 @@ def loss_with(center, student_temp=0.1):
 @pytest.mark.parametrize("local", [0, 1, 2, 8, 10])
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize(("student_temp", "teacher_temp"), [(0.1, 0.04), (0.1, 0.07), (0.5, 1.0)])
-def test_loss_and_gradient_are_those_of_the_naive_loop(n, local, student_temp, teacher_temp):
+def test_loss_and_gradient_equal_the_naive_loop(n, local, student_temp, teacher_temp):
     student, teacher, center = logits_of(n, local, 13)
     reference = student.double().requires_grad_()
     expected = naive_loss(
@@ -270,7 +270,7 @@ def test_parts_of_the_views_add_up_to_the_naive_loop(local):
     torch.testing.assert_close(torch.cat(gradients), gradient.flatten(0, 1), rtol=1e-10, atol=1e-12)
 
 
-def test_loss_is_the_naive_loop_to_float64_precision():
+def test_loss_equals_the_naive_loop_to_float64_precision():
     student, teacher, center = logits_of(3, 8, 50, torch.float64)
     value = loss_with(center)(student.flatten(0, 1), teacher.flatten(0, 1), 0.04)
     expected = naive_loss(student, teacher, center[0], 0.1, 0.04)
@@ -285,8 +285,8 @@ def test_loss_passes_gradcheck(local):
     assert torch.autograd.gradcheck(lambda s: loss(s, teacher.flatten(0, 1), 0.07), student)
 
 
-def test_a_term_pairs_different_views_of_the_same_image_only():
-    # both networks certain of view v's own prototype: only the pairs v == t would cost nothing
+def test_the_loss_pairs_only_different_views_of_the_same_image():
+    # Both networks are certain of view v's own prototype, so only pairs v == t would cost nothing.
     student = torch.full((2, 1, 2), -50.0)
     student[0, 0, 0] = student[1, 0, 1] = 50.0
     value = DINOLoss(2, student_temp=1.0)(student.flatten(0, 1), student.flatten(0, 1), 1.0)
@@ -348,7 +348,7 @@ def test_centre_is_the_moving_average_of_raw_teacher_logits():
     assert list(loss.state_dict()) == ["center"]
 
 
-def test_the_centre_is_subtracted_so_that_a_favourite_prototype_loses_its_lead():
+def test_subtracting_the_centre_takes_away_the_lead_of_a_dominant_prototype():
     logits = torch.zeros(2, 3)
     logits[:, 0] = 1.0
     center = torch.tensor([[1.0, 0.0, 0.0]])
@@ -365,7 +365,7 @@ def test_logits_that_are_not_whole_views_are_a_bug():
 # -- teacher -------------------------------------------------------------------------------------
 
 
-def test_teacher_after_n_steps_is_the_closed_form_of_the_moving_average():
+def test_teacher_after_n_steps_equals_the_closed_form_of_the_moving_average():
     torch.manual_seed(0)
     teacher = nn.Linear(3, 2)
     start = teacher.weight.detach().double().clone()
@@ -387,7 +387,7 @@ def test_momentum_one_keeps_the_teacher_and_zero_copies_the_student():
     assert torch.equal(teacher.weight, student.weight)
 
 
-def test_teacher_update_moves_every_parameter_and_no_buffer():
+def test_teacher_update_changes_every_parameter_and_no_buffer():
     student = small_student()
     student.head.last_layer.weight_g.requires_grad_(False)
     teacher = copy.deepcopy(student).requires_grad_(False)
@@ -405,7 +405,7 @@ def test_teacher_update_moves_every_parameter_and_no_buffer():
             torch.testing.assert_close(tensor, before[name] + 0.5)
 
 
-def test_one_training_step_changes_teacher_buffers_only_by_the_teachers_own_forward():
+def test_one_training_step_changes_teacher_buffers_only_through_the_teachers_forward_pass():
     student = small_student().train()
     teacher = copy.deepcopy(student).requires_grad_(False)
     global_crops, local_crops = torch.randn(2, 2, 3, 32, 32), torch.randn(2, 2, 3, 16, 16)

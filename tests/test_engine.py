@@ -1,4 +1,4 @@
-"""The engine with the smallest of tasks: what it calls, when, and what it stores."""
+"""The engine with a minimal task: what it calls and when, and what it stores."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +24,7 @@ from ssl_xcit.training.task import StepLoss, Task
 
 
 class Brightness(Task):
-    """Learns the mean of the images' pixels; writes down what the engine asks of it."""
+    """Learns the mean pixel value of the images and records the engine's calls."""
 
     kind = "fine-tuning"
 
@@ -96,7 +96,7 @@ def config(photos: Path, out: Path, **changes) -> FinetuneConfig:
     return load_config(FinetuneConfig, argv=argv)
 
 
-def test_a_step_is_its_micro_batches_and_then_each_hook_once(photos, tmp_path):
+def test_a_step_runs_its_micro_batches_and_then_each_hook_once(photos, tmp_path):
     task = Brightness(config(photos, tmp_path / "run", epochs=1), steps_per_epoch=2)
     run_task(task)
     kinds = [call[:3] if call[0] == "loss" else call for call in task.calls]
@@ -104,7 +104,7 @@ def test_a_step_is_its_micro_batches_and_then_each_hook_once(photos, tmp_path):
     assert kinds == [*step[0], *step[1]]
 
 
-def test_what_the_losses_found_reaches_the_update_as_the_mean_over_micro_batches(photos, tmp_path):
+def test_the_update_gets_the_means_of_the_losses_averaged_over_micro_batches(photos, tmp_path):
     task = Brightness(config(photos, tmp_path / "run", epochs=1), steps_per_epoch=2)
     run_task(task)
     images = [call[3:] for call in task.calls if call[0] == "loss"]
@@ -112,7 +112,7 @@ def test_what_the_losses_found_reaches_the_update_as_the_mean_over_micro_batches
         assert found == pytest.approx(np.mean([images[2 * step], images[2 * step + 1]]))
 
 
-def test_an_epoch_may_end_before_the_loaders_and_the_next_has_an_order_of_its_own(photos, tmp_path):
+def test_an_epoch_may_end_before_the_loaders_epoch_and_the_next_has_a_new_order(photos, tmp_path):
     task = Brightness(config(photos, tmp_path / "run"), steps_per_epoch=3)
     run_task(task)
     images = {}
@@ -125,7 +125,7 @@ def test_an_epoch_may_end_before_the_loaders_and_the_next_has_an_order_of_its_ow
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
-def test_the_log_has_the_evaluations_rows_with_what_was_scheduled(photos, tmp_path):
+def test_the_log_has_a_row_per_evaluation_with_the_scheduled_values(photos, tmp_path):
     task = Brightness(config(photos, tmp_path / "run"))
     last = run_task(task)
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
@@ -136,7 +136,7 @@ def test_the_log_has_the_evaluations_rows_with_what_was_scheduled(photos, tmp_pa
     assert task.calls.count(("evaluate",)) == 2
 
 
-def test_a_checkpoint_carries_the_tasks_facts_and_a_run_goes_on_from_it(photos, tmp_path):
+def test_a_checkpoint_holds_the_tasks_facts_and_a_run_continues_from_it(photos, tmp_path):
     whole, part = tmp_path / "whole", tmp_path / "part"
     run_task(Brightness(config(photos, whole)))
     first = Brightness(config(photos, part))
@@ -151,7 +151,7 @@ def test_a_checkpoint_carries_the_tasks_facts_and_a_run_goes_on_from_it(photos, 
         run_task(first)
     second = Brightness(config(photos, part))
     run_task(second)
-    assert second.calls[0][:2] == ("loss", 8)  # the newest checkpoint is the epoch's
+    assert second.calls[0][:2] == ("loss", 8)  # the newest checkpoint is from the end of the epoch
     a, b = (checkpoint.load_latest(out / "checkpoints")[0] for out in (whole, part))
     assert (b.state["colour"], b.state["epoch"], b.state["step"]) == ("gray", 4, 16)
     for name, tensor in a.tensors["model"].items():

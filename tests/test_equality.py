@@ -1,6 +1,6 @@
-"""What several ranks compute in a step is what one process computes on the same global batch.
+"""Several ranks compute the same step as one process on the same global batch.
 
-The step of one process is the oracle of the others. All steps of as many ranks share one start.
+The step of one process is the oracle. All steps with the same number of ranks share one launch.
 """
 
 import functools
@@ -43,7 +43,7 @@ SETTINGS = {
 
 
 class Step(NamedTuple):
-    """A step of the global batch of 8."""
+    """A step with a global batch of 8."""
 
     ranks: int
     batch: int  # images of a micro-batch
@@ -129,13 +129,13 @@ distributed.teardown()
 
 @pytest.fixture(scope="module")
 def held(photos, tmp_path_factory) -> Iterator[Callable[[Step, int], list[dict]]]:
-    """What each rank holds after a step, with a network of so many blocks: rank 0 the tensors, the
-    others their digests."""
+    """A function (step, number of blocks) -> what each rank holds after the step: rank 0 the
+    tensors, the others their digests."""
     base = tmp_path_factory.mktemp("steps")
 
     @functools.cache
     def start(ranks: int, depth: int) -> dict[Step, Path]:
-        """The folders in which all steps of that many ranks have left what they hold."""
+        """Run all steps with this number of ranks; return the folders with their results."""
         folders = {
             step: base / f"{depth}-{number}"
             for number, step in enumerate(STEPS)
@@ -154,11 +154,11 @@ def held(photos, tmp_path_factory) -> Iterator[Callable[[Step, int], list[dict]]
         return [torch.load(folder / f"{rank}.pt") for rank in range(step.ranks)]
 
     yield held
-    shutil.rmtree(base)  # the session keeps such folders to its end, and this may be a gigabyte
+    shutil.rmtree(base)  # pytest would keep up to a gigabyte until the session ends
 
 
 def agreed(ranks: list[dict]) -> dict[str, Tensor]:
-    """What all ranks hold, to the bit."""
+    """Check that all ranks hold the same bits, and return them."""
     tensors, *others = ranks
     digests = {name: digest(tensor) for name, tensor in tensors.items()}
     for found in others:
@@ -183,17 +183,17 @@ def test_ranks_and_accumulation_change_no_gradient_centre_or_average(held, case,
         found = agreed(ranks)
         for name, tensor in alone.items():
             if name.startswith("buffer/") and case == "micro-batches":
-                continue  # one process moves them once per micro-batch, ranks once per step
+                continue  # one process updates them once per micro-batch, ranks once per step
             if name.startswith("student/") and dtype == "float32":
-                continue  # Adam's first step has the full length whatever the gradient's
+                continue  # Adam's first step has full length, whatever the gradient's norm
             torch.testing.assert_close(
                 found[name], tensor, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
             )
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
-def test_crops_in_turn_change_no_gradient_centre_or_average_of_several_ranks(held, depth):
-    """Nor the running statistics: the global crops' move them first in either case."""
+def test_crops_in_turn_changes_no_gradient_centre_or_average_of_several_ranks(held, depth):
+    """Nor the running statistics: the global crops update them first in either case."""
     before, after = (agreed(held(step, depth)) for step in (AT_ONCE, IN_TURN))
     assert before.keys() == after.keys()
     for name, tensor in before.items():
@@ -203,8 +203,8 @@ def test_crops_in_turn_change_no_gradient_centre_or_average_of_several_ranks(hel
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
-def test_another_way_to_batch_is_told_from_the_same(held, depth):
-    """The oracle can fail: without synchronised statistics two ranks are not one process."""
+def test_a_different_way_to_batch_is_detected(held, depth):
+    """The oracle can fail: without synchronised statistics two ranks differ from one process."""
     (alone,), (found, _) = held(Step(1, 8, 1, True), depth), held(UNSYNCHRONISED, depth)
     name = "grad/backbone.patch_embed.proj.0.0.weight"
     assert (found[name] - alone[name]).abs().max() > 1e-5
@@ -215,7 +215,7 @@ def test_a_run_of_four_ranks_continues_on_two_with_the_images_in_the_same_order(
     run, images = tmp_path / "run", {}
     for name, world, out in (("whole", 1, tmp_path / "whole"), ("four", 4, run), ("two", 2, run)):
         settings = SETTINGS | {"data": photos, "out": out, "epochs": 2, "save_every": 1000}
-        settings |= {"sync_bn": False, "local_crops_number": 0}  # nothing to the images
+        settings |= {"sync_bn": False, "local_crops_number": 0}  # do not affect the images
         settings |= {"batch_size_per_gpu": 2, "accumulation_steps": 4 // world}
         flags = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
         forked.run_ranks(

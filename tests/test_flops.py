@@ -1,7 +1,7 @@
-"""Parameters and operations.
+"""Parameter and operation counts.
 
-Oracles: the published integers of the 42 models, and torch's own counter of multiply-adds, which
-watches what a forward really runs.
+Oracles: the published integers of the 42 models, and torch's counter of multiply-adds, which
+observes what a forward pass really runs.
 """
 
 import json
@@ -26,7 +26,7 @@ def bare(arch, **options):
 
 
 @pytest.mark.skipif(not SEED_MODELS.exists(), reason="the table of published models is not here")
-def test_parameters_and_flops_of_all_42_published_models_are_the_published_integers():
+def test_parameters_and_flops_equal_the_published_integers_of_all_42_models():
     rows = json.loads(SEED_MODELS.read_text())
     models = {arch: bare(arch) for arch in ARCHITECTURES}
     equal = 0
@@ -47,7 +47,7 @@ def test_parameters_and_flops_of_all_42_published_models_are_the_published_integ
         for arch in ARCHITECTURES
     ],
 )
-def test_what_our_forward_runs_is_what_torchs_counter_sees(arch):
+def test_the_count_of_our_forward_pass_equals_torchs_counter(arch):
     size = (96, 160)
     model = bare(arch).eval().requires_grad_(False)
     with FlopCounterMode(display=False) as counter:
@@ -58,7 +58,7 @@ def test_what_our_forward_runs_is_what_torchs_counter_sees(arch):
 
 @pytest.mark.parametrize("tokens_norm", [True, False])
 @pytest.mark.parametrize("size", [(64, 48), (33, 70)], ids=str)
-def test_a_real_forward_of_an_odd_size_agrees_with_torchs_counter_and_with_hooks(size, tokens_norm):
+def test_the_count_for_odd_sizes_agrees_with_torchs_counter_and_with_hooks(size, tokens_norm):
     model = XCiT(**MICRO, tokens_norm=tokens_norm, num_classes=7).eval().requires_grad_(False)
     norms = {"batch": 0, "layer": 0}
 
@@ -81,14 +81,14 @@ def test_a_real_forward_of_an_odd_size_agrees_with_torchs_counter_and_with_hooks
 
 
 def test_conventional_class_attention_costs_two_projections_per_token_more_than_ours():
-    """Written out for d = 24, 3 heads, 6 x 8 patches: only class attention and norms differ."""
+    """Explicit count for d = 24, 3 heads, 6 x 8 patches: only class attention and norms differ."""
     model = XCiT(**MICRO, tokens_norm=True, num_classes=7)
     theirs = count_operations(model, 48, 64)
     ours = count_operations(model, 48, 64, conventional=False)
     n, d, heads = 48, 24, 3
     assert theirs.convolution - ours.convolution == ours.linear - (
         theirs.linear - 2 * 2 * (n + 1) * d * d
-    )  # the positions change their name
+    )  # the positions are counted as another kind
     assert theirs.convolution - ours.convolution == 64 * n * d
     matmuls = 2 * (2 * (n + 1) * d), 2 * (2 * d * d + 2 * heads * (n + 1) * d)
     assert theirs.matmul - ours.matmul == matmuls[0] - matmuls[1]
@@ -96,7 +96,7 @@ def test_conventional_class_attention_costs_two_projections_per_token_more_than_
     assert theirs.batch_norm == ours.batch_norm
 
 
-def test_the_first_convolution_is_that_of_the_stem():
+def test_the_first_convolution_is_the_stems():
     model = bare("xcit_small_12_p16")
     assert first_convolution(model, 224, 225) == 112 * 113 * 9 * 3 * 48
 

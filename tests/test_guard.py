@@ -1,4 +1,4 @@
-"""Bad steps leave no trace."""
+"""Bad steps change nothing."""
 
 import copy
 
@@ -16,13 +16,13 @@ from ssl_xcit.training.task import StepLoss
 
 @pytest.fixture(autouse=True)
 def shallow():
-    """One block has every kind of parameter and buffer."""
+    """Use one block, which has every kind of parameter and buffer."""
     with networks(1):
         yield
 
 
 def everything(task: Pretraining) -> dict[str, torch.Tensor]:
-    """All that a step may change, as copies."""
+    """Copies of everything that a step may change."""
     state = {f"{name}/{key}": t for name, s in task.tensors().items() for key, t in s.items()}
     for i, moments in task.optimizer.state_dict()["state"].items():
         state |= {f"optimizer/{i}/{key}": value for key, value in moments.items()}
@@ -31,7 +31,7 @@ def everything(task: Pretraining) -> dict[str, torch.Tensor]:
 
 
 class Poisoned(Pretraining):
-    """Loss or gradients are not finite where `poison` says so: (step, micro) -> what."""
+    """A task with a non-finite loss or gradient at chosen places: (step, micro) -> kind."""
 
     poison: dict
 
@@ -42,7 +42,7 @@ class Poisoned(Pretraining):
             return StepLoss(found.loss * float("nan"), found.means)
         if kind == "infinite loss":
             return StepLoss(found.loss + float("inf"), found.means)
-        if kind == "gradient":  # a finite loss whose gradient is not
+        if kind == "gradient":  # a finite loss with a non-finite gradient
             weight = next(self.bare_model.parameters())
             return StepLoss(found.loss + (weight.flatten()[0] * 0).sqrt(), found.means)
         return found
@@ -51,7 +51,7 @@ class Poisoned(Pretraining):
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
 @pytest.mark.parametrize("kind", ["loss", "infinite loss", "gradient"])
 @pytest.mark.parametrize("bad", [(0, 0), (2, 1)])
-def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_goes_on(
+def test_a_non_finite_step_changes_nothing_and_the_next_one_continues(
     photos, tmp_path, optimizer, kind, bad
 ):
     settings = config(
@@ -83,7 +83,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_goes_on(
     task.loader.close()
 
 
-def test_after_too_many_bad_steps_nothing_moves_any_more(photos, tmp_path):
+def test_after_too_many_bad_steps_nothing_changes_any_more(photos, tmp_path):
     task = Poisoned(config(photos, tmp_path, max_bad_steps=2), distributed.setup("cpu"))
     task.poison = {(step, 0): "loss" for step in (1, 2)}
     statistics = BatchStatistics(task.modules())
@@ -98,7 +98,7 @@ def test_after_too_many_bad_steps_nothing_moves_any_more(photos, tmp_path):
     task.loader.close()
 
 
-def test_numbers_of_the_device_are_read_one_step_later():
+def test_numbers_from_the_device_are_read_one_step_later():
     copied = HostCopy(2, torch.device("cpu"))
     values = torch.tensor([1.0, 2.0])
     assert copied.exchange(values) == [0.0, 0.0]
@@ -107,7 +107,7 @@ def test_numbers_of_the_device_are_read_one_step_later():
     assert copied.exchange(values) == [5.0, 6.0]
 
 
-def test_only_batchnorms_buffers_are_put_back_and_only_after_a_bad_step():
+def test_only_batchnorms_buffers_are_restored_and_only_after_a_bad_step():
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
     model.register_buffer("other", torch.zeros(1))
     statistics = BatchStatistics([model])

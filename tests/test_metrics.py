@@ -1,4 +1,4 @@
-"""metrics.jsonl holds each step once, whatever happened to the process that wrote it."""
+"""metrics.jsonl holds each step once, whatever happens to the process that writes it."""
 
 import json
 import math
@@ -8,7 +8,7 @@ import torch
 from ssl_xcit.training.metrics import MetricsWriter, RunningMeans, clock, read_metrics
 
 
-def test_rows_beyond_the_checkpoint_and_a_cut_line_are_dropped_on_resume(tmp_path):
+def test_rows_after_the_checkpoint_and_an_incomplete_line_are_dropped_on_resume(tmp_path):
     path = tmp_path / "metrics.jsonl"
     writer = MetricsWriter(path)
     for step in range(6):
@@ -21,11 +21,11 @@ def test_rows_beyond_the_checkpoint_and_a_cut_line_are_dropped_on_resume(tmp_pat
     resumed.close()
     rows = read_metrics(path)
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
-    assert rows[2]["train/loss"] == 1 / 3 + 2  # floats survive to the last bit
+    assert rows[2]["train/loss"] == 1 / 3 + 2  # floats are preserved to the last bit
     assert rows[4]["train/loss"] == 0.0
 
 
-def test_a_run_that_starts_over_starts_an_empty_file(tmp_path):
+def test_a_run_that_starts_over_begins_an_empty_file(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0}\n')
     MetricsWriter(path, first_step=0).close()
@@ -55,7 +55,7 @@ def test_running_means_are_the_means_since_the_reset():
     assert means.means().tolist() == [5.0, 1.0]
 
 
-def test_durations_read_as_clocks():
+def test_durations_are_printed_as_hours_minutes_and_seconds():
     assert clock(59.6) == "0:01:00"
     assert clock(10_862.0) == "3:01:02"
     assert clock(90_061.0) == "1 d 1:01:01"

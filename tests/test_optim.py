@@ -1,4 +1,4 @@
-"""Optimiser pieces against naive float64 loops and torch's own implementations."""
+"""Optimisers, clipping and groups against naive float64 loops and torch's implementations."""
 
 import copy
 
@@ -67,7 +67,7 @@ def test_the_decayed_group_holds_matrices_cls_token_temperature_and_trained_weig
     assert plain["weight_decay"] == 0
 
 
-def test_groups_are_exactly_the_rule_bias_or_one_dimension():
+def test_biases_and_vectors_are_exactly_the_parameters_without_decay():
     model = student(norm_last_layer=False)
     decayed, plain = parameter_groups(model)
     for group, expected in ((decayed, False), (plain, True)):
@@ -93,7 +93,7 @@ def test_groups_cover_every_trainable_parameter_once_and_no_frozen_one():
     assert sorted(names) == sorted(n for n, p in model.named_parameters() if p.requires_grad)
 
 
-def test_layer_wise_rates_and_exemptions_are_timms():
+def test_layer_wise_rates_and_exemptions_equal_timms():
     theirs = {}
     reference = timm.create_model("xcit_nano_12_p16_224", num_classes=5)
     names = {id(p): name for name, p in reference.named_parameters()}
@@ -119,7 +119,7 @@ def test_layer_wise_rates_and_exemptions_are_timms():
     assert len({rate for rate, _ in ours.values()}) == 16  # stem, 12 + 2 blocks, head
 
 
-def test_without_layer_decay_there_are_dinos_two_groups():
+def test_without_layer_decay_there_are_two_groups_as_in_dino():
     model = build_xcit("xcit_nano_12_p16", num_classes=5)
     groups = parameter_groups(model, lr_scale=layer_scales(12, 1.0))
     assert [len(g["params"]) for g in groups] == [len(g["params"]) for g in parameter_groups(model)]
@@ -162,7 +162,7 @@ def test_optimisers_follow_their_equations(name, lr):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 4, bias=False))
     model.append(nn.Linear(4, 3, bias=False))
-    nn.init.zeros_(model[3].weight)  # LARS leaves a tensor of norm 0 at the plain update
+    nn.init.zeros_(model[3].weight)  # LARS does not rescale the update of a tensor of norm 0
     gradients = [{n: torch.randn_like(p) for n, p in model.named_parameters()} for _ in range(5)]
     expected = naive_run(name, model, gradients, lr, weight_decay=0.3)
     optimizer = build_optimizer(name, parameter_groups(model))
@@ -209,7 +209,7 @@ def test_lars_neither_decays_nor_rescales_vectors_even_in_a_decayed_group():
     assert vector.tolist() == [2.5, 5.0]
 
 
-def test_lars_leaves_the_gradients_and_parameters_without_one_alone():
+def test_lars_changes_neither_gradients_nor_parameters_without_a_gradient():
     with_grad, without = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
     with_grad.grad = torch.full((2, 2), 2.0)
     optimizer = LARS([with_grad, without], lr=1.0, weight_decay=1.0)
@@ -242,7 +242,7 @@ def test_an_unknown_optimiser_is_refused():
         build_optimizer("adam", parameter_groups(nn.Linear(2, 2)))
 
 
-def test_learning_rate_goes_to_both_groups_and_weight_decay_to_the_decayed_one():
+def test_both_groups_get_the_learning_rate_and_the_decayed_one_the_weight_decay():
     optimizer = build_optimizer("adamw", parameter_groups(nn.Linear(2, 2)))
     assert [group["lr"] for group in optimizer.param_groups] == [0.0, 0.0]
     for lr, weight_decay in ((0.1, 0.0), (0.2, 0.4)):  # from a decay of 0 too
@@ -282,7 +282,7 @@ def test_clipping_per_parameter_leaves_small_gradients_bit_equal():
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_global_clipping_is_torchs():
+def test_global_clipping_equals_torchs():
     ours, theirs = student(), student()
     fill_gradients(ours)
     fill_gradients(theirs)
@@ -296,7 +296,7 @@ def test_global_clipping_is_torchs():
 
 @pytest.mark.parametrize("mode", ["parameter", "global"])
 @pytest.mark.parametrize("clip", [0.0, -1.0])
-def test_a_clip_of_zero_or_less_is_off_but_still_measures(clip, mode):
+def test_a_clip_of_zero_or_less_changes_nothing_but_returns_the_norm(clip, mode):
     p = nn.Parameter(torch.zeros(2))
     p.grad = torch.tensor([300.0, 400.0])
     assert clip_gradients([p], clip, mode).item() == 500.0

@@ -1,7 +1,7 @@
-"""The predicted cost of a pretraining.
+"""The predicted cost of a pretraining run.
 
-Oracles: torch's own counters of FLOPs and of allocated memory, watching real steps of the same
-size, and arithmetic written out.
+Oracles: torch's counters of FLOPs and allocated memory in real steps of the same size, and explicit
+arithmetic.
 """
 
 import copy
@@ -42,9 +42,9 @@ def changed(config, section, **values):
 
 
 def real_step(config, drop_path_rate=0.0, join_sizes=False):
-    """Networks, loss and random views of a micro-batch; on the CPU.
+    """Networks, loss and random views of a micro-batch, on the CPU.
 
-    Without drop path it takes the sizes of crops apart all the same, as the recipe's has it.
+    Even without drop path it processes the crop sizes separately, as the recipe's drop path does.
     """
     student = dino_network(config)
     teacher = copy.deepcopy(student).requires_grad_(False)
@@ -66,7 +66,7 @@ def made_once(blocks, config):
 
 @pytest.fixture
 def planned(nano_blocks):
-    """What is planned for one rank: a function of the configuration."""
+    """A function from a configuration to the planned memory of one rank."""
     return functools.partial(made_once, nano_blocks)
 
 
@@ -76,7 +76,7 @@ def memory(planned):
 
 
 def convolution_gradients(grad_shape, x_shape, w_shape, *args, out_shape=None, **kwargs):
-    """FLOPs of aten.convolution_backward; torch's own formula takes depthwise ones for dense."""
+    """FLOPs of aten.convolution_backward; torch's formula treats depthwise ones as dense."""
     wanted = args[-1]  # (of the input, of the weight, of the bias)
     return 2 * math.prod(w_shape) * grad_shape[0] * math.prod(grad_shape[2:]) * sum(wanted[:2])
 
@@ -96,7 +96,7 @@ def counter():
     ],
     ids=["as it is", "no local views", "other head", "checkpointed"],
 )
-def test_flops_of_a_step_are_those_that_torchs_counter_sees_in_a_real_one(config):
+def test_flops_of_a_step_equal_torchs_count_in_a_real_step(config):
     student, teacher, loss, crops = real_step(config)
     flops = step_flops(config)
     with counter() as all_of_it:
@@ -115,16 +115,16 @@ def test_accumulation_multiplies_the_step():
     assert twice == tuple(2 * part for part in step_flops(SMALL))
 
 
-def test_planned_memory_is_what_torchs_allocator_gave_to_a_real_step(memory):
-    """The profiler sees operators' scratch memory too, which the plan leaves out."""
+def test_planned_memory_is_close_to_what_a_real_step_allocates(memory):
+    """The profiler includes operators' scratch memory, which the plan excludes."""
     peak = allocated(SMALL)
     assert 0.93 * peak < memory.passes <= peak
 
 
 def allocated(config):
-    """Most bytes that torch's allocator has given out at once in a real step."""
+    """Peak bytes allocated by torch in a real step."""
     step = real_step(config)
-    forward_backward(config, *step)  # libraries set themselves up
+    forward_backward(config, *step)  # initialises libraries
     step[0].zero_grad(set_to_none=True)
     options = {"profile_memory": True, "acc_events": True}  # torch 2.11 warns without the second
     with profile(activities=[ProfilerActivity.CPU], **options) as profiler:
@@ -137,17 +137,17 @@ def allocated(config):
     return peak
 
 
-def test_planned_memory_is_to_the_byte_what_the_operators_of_a_real_step_return(memory):
-    assert memory.passes == pytest.approx(real_passes(SMALL), rel=1e-4)  # the odd scalar
+def test_planned_memory_equals_the_results_of_a_real_steps_operators(memory):
+    assert memory.passes == pytest.approx(real_passes(SMALL), rel=1e-4)  # a few scalars
 
 
 def test_checkpointed_activations_are_planned_to_the_byte_and_are_a_fraction(planned, memory):
     config = changed(SMALL, "run", activation_checkpointing=True)
     checkpointed = planned(config)
     assert checkpointed.passes == pytest.approx(real_passes(config), rel=1e-3)
-    assert checkpointed.passes < 0.6 * memory.passes  # half of that are gradients of the weights
+    assert checkpointed.passes < 0.6 * memory.passes  # half of it are gradients of the weights
     assert checkpointed.resident == memory.resident
-    peak = allocated(config)  # by torch's allocator, scratch memory of operators included
+    peak = allocated(config)  # includes scratch memory of operators
     assert 0.8 * peak < checkpointed.passes <= peak
 
 
@@ -161,7 +161,7 @@ def test_crops_in_turn_are_planned_to_the_byte_and_need_less(planned, checkpoint
 
 
 def test_crops_in_turn_need_the_activations_of_one_size(planned):
-    """Those of the recipe's local crops are half of all; at this batch they are what counts."""
+    """The recipe's local crops cause half of the activations, which dominate at this batch size."""
     recipe = dataclasses.replace(SMALL, crops=Crops(), optim=Optim(batch_size_per_gpu=32))
     in_turn = planned(changed(recipe, "crops", crops_in_turn=True)).passes
     alone = planned(changed(recipe, "crops", local_crops_number=0)).passes
@@ -169,7 +169,7 @@ def test_crops_in_turn_need_the_activations_of_one_size(planned):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_samples_that_drop_a_branch_need_hardly_more_than_is_planned_or_less(planned, precision):
+def test_drop_path_needs_hardly_more_memory_than_planned_or_less(planned, precision):
     config = changed(SMALL, "run", precision=precision)
     passes = planned(config).passes
     torch.manual_seed(0)
@@ -189,7 +189,7 @@ def real_passes(config, drop_path_rate=0.0, as_on_two_gpus=False):
     return live.peak
 
 
-def test_what_stays_is_counted_by_hand(memory):
+def test_resident_memory_agrees_with_a_count_by_hand(memory):
     backbone = build_xcit("xcit_nano_12_p16", num_classes=0)
     head = 128 * 64 + 64 + 64 * 64 + 64 + 64 * 32 + 32 + 512 * 32 + 512
     parameters = sum(p.numel() for p in backbone.parameters()) + head
@@ -201,7 +201,7 @@ def test_what_stays_is_counted_by_hand(memory):
     assert memory.centre == 4 * 512
     assert memory.images == 4 * 2 * 3 * (2 * 64**2 + 3 * 48**2)
     assert memory.gradients == 0
-    assert 4 * trained <= memory.update < 4 * trained + 100_000  # and the norms of clipping
+    assert 4 * trained <= memory.update < 4 * trained + 100_000  # plus the norms for clipping
 
 
 def test_several_gpus_keep_gradients_and_bytes_and_bf16_needs_less(memory):
@@ -213,15 +213,15 @@ def test_several_gpus_keep_gradients_and_bytes_and_bf16_needs_less(memory):
     assert several.passes == pytest.approx(real_passes(config, as_on_two_gpus=True), rel=2e-3)
     assert several.passes < memory.passes
     assert several.peak == several.resident + several.passes
-    assert several.update >= memory.student - memory.centre - 20_000  # the teacher's move
+    assert several.update >= memory.student - memory.centre - 20_000  # the teacher update
 
 
-def test_a_real_forward_after_a_plan_has_real_positions(memory):
+def test_a_real_forward_pass_after_a_plan_has_real_positions(memory):
     out = build_xcit("xcit_nano_12_p16", num_classes=0).eval()(torch.zeros(1, 3, 64, 64))
     assert math.isfinite(out.detach().sum().item())
 
 
-def test_hours_are_flops_by_throughput(memory, monkeypatch):
+def test_hours_are_flops_divided_by_throughput(memory, monkeypatch):
     monkeypatch.setattr(training_cost, "training_memory", lambda *args, **kwargs: memory)
     plan = plan_training(dataclasses.replace(SMALL, tflops=2.0, utilisation=0.25))
     assert (plan.global_batch, plan.steps_per_epoch, plan.steps) == (2, 50, 150)
@@ -233,7 +233,7 @@ def test_hours_are_flops_by_throughput(memory, monkeypatch):
     assert f"{plan.memory.peak / 1e6:,.1f} MB" in text
 
 
-def test_recipes_and_a_runs_own_configuration_apply(tmp_path):
+def test_a_plan_uses_recipes_and_a_runs_own_configuration(tmp_path):
     files = ["pretrain/{arch}.yaml"]
     config = load_config(PlanConfig, files, ["--arch", "xcit_small_12_p8", "--gpus", "64"])
     assert (config.optim.batch_size_per_gpu, config.optim.epochs) == (16, 300)  # the recipe's
@@ -243,7 +243,7 @@ def test_recipes_and_a_runs_own_configuration_apply(tmp_path):
     assert (config.arch, config.data) == ("xcit_nano_12_p8", "a.beton")
 
 
-def test_what_cannot_be_planned_is_refused_with_what_to_do():
+def test_a_plan_that_is_impossible_is_refused_with_advice():
     with pytest.raises(UserError, match="a step takes 2 images, an epoch has 1: lower"):
         plan_training(dataclasses.replace(SMALL, images=1))
     with pytest.raises(UserError, match=r"utilisation must be in \(0, 1\]"):

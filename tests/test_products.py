@@ -1,4 +1,4 @@
-"""Linear layers against torch's own in float64, which never goes through oneDNN."""
+"""Linear layers against torch's in float64, which never uses oneDNN."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from ssl_xcit.operators.linear import Linear, gelu_linear, linear
 
 @pytest.fixture(params=[False, True], ids=["oneDNN", "MKL"], autouse=True)
 def intel(request, monkeypatch):
-    """As on a processor of another maker and on one of Intel's, with the libraries they get."""
+    """Pretend to run on an Intel processor or on another one, which selects the library."""
     monkeypatch.setattr(products, "made_by_intel", lambda: request.param)
     return request.param
 
@@ -24,7 +24,7 @@ needs_onednn = pytest.mark.skipif(
 
 
 class Operators(TorchDispatchMode):
-    """Names of the operators that run."""
+    """Records the names of the operators that run."""
 
     def __init__(self):
         super().__init__()
@@ -43,7 +43,7 @@ def operators(x, weight) -> str:
 
 @pytest.mark.parametrize("shape", [(7,), (5, 7), (3, 5, 7), (2, 3, 5, 7), (1, 7), (0, 5, 7)])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_output_and_gradients_are_those_of_float64(shape, with_bias):
+def test_output_and_gradients_agree_with_float64(shape, with_bias):
     torch.manual_seed(0)
     inputs = [torch.randn(shape), torch.randn(11, 7), torch.randn(11)][: 2 + with_bias]
     inputs = [tensor.requires_grad_() for tensor in inputs]
@@ -79,7 +79,7 @@ def test_the_memory_layout_does_not_matter(layout):
     torch.testing.assert_close(weight.grad.double(), expected, rtol=0, atol=1e-5)
 
 
-def test_only_the_gradients_that_are_wanted_are_computed():
+def test_only_requested_gradients_are_computed():
     x, weight, bias = torch.randn(4, 7), torch.randn(11, 7, requires_grad=True), torch.randn(11)
     linear(x, weight, bias).sum().backward()
     assert x.grad is None
@@ -90,7 +90,7 @@ def test_only_the_gradients_that_are_wanted_are_computed():
 
 
 @needs_onednn
-def test_float32_on_a_cpu_not_of_intel_goes_to_onednn_and_everything_else_to_torch(intel):
+def test_only_float32_on_a_cpu_that_is_not_intels_uses_onednn(intel):
     x, weight = torch.randn(4, 7), torch.randn(11, 7)
     assert ("mkldnn" in operators(x, weight)) is not intel
     for other in (x.double(), x.bfloat16(), x[:0]):
@@ -103,7 +103,7 @@ def test_float32_on_a_cpu_not_of_intel_goes_to_onednn_and_everything_else_to_tor
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_under_bfloat16_autocast_the_numbers_are_rounded_as_by_torch(with_bias):
+def test_under_bfloat16_autocast_numbers_are_rounded_as_in_torch(with_bias):
     torch.manual_seed(0)
     inputs = [torch.randn(3, 5, 64), torch.randn(11, 64), torch.randn(11)][: 2 + with_bias]
     inputs = [tensor.requires_grad_() for tensor in inputs]
@@ -122,7 +122,7 @@ def test_under_bfloat16_autocast_the_numbers_are_rounded_as_by_torch(with_bias):
 
 
 @needs_onednn
-def test_torchs_counter_sees_the_same_flops_as_for_its_own_product():
+def test_torchs_flop_counter_counts_the_same_as_for_its_own_product():
     for function in (linear, F.linear):
         x, weight = torch.randn(2, 4, 7, requires_grad=True), torch.randn(11, 7, requires_grad=True)
         with FlopCounterMode(display=False) as counter:
@@ -130,7 +130,7 @@ def test_torchs_counter_sees_the_same_flops_as_for_its_own_product():
         assert counter.get_total_flops() == 3 * 2 * (2 * 4 * 7 * 11)
 
 
-def test_a_layer_is_torchs_layer_in_all_but_the_library():
+def test_a_layer_differs_from_torchs_only_in_the_library():
     torch.manual_seed(0)
     ours = Linear(7, 11)
     torch.manual_seed(0)
@@ -144,7 +144,7 @@ def test_a_layer_is_torchs_layer_in_all_but_the_library():
 
 
 @pytest.mark.parametrize("low", [False, True])
-def test_gelu_and_product_in_one_have_the_gradients_of_both(low):
+def test_gelu_linear_has_the_gradients_of_gelu_and_linear(low):
     torch.manual_seed(0)
     inputs = [torch.randn(3, 5, 16), torch.randn(11, 16), torch.randn(11)]
     inputs = [tensor.requires_grad_() for tensor in inputs]
@@ -162,7 +162,7 @@ def test_gelu_and_product_in_one_have_the_gradients_of_both(low):
 
 @pytest.mark.parametrize("low", [False, True])
 @pytest.mark.parametrize("function", [linear, gelu_linear])
-def test_a_gain_multiplies_the_output_and_has_its_gradient(function, low):
+def test_a_gain_multiplies_the_output_and_gets_its_gradient(function, low):
     torch.manual_seed(0)
     inputs = [torch.randn(3, 5, 16), torch.randn(11, 16), torch.randn(11), torch.rand(11) + 0.5]
     exact = [tensor.double().requires_grad_() for tensor in inputs]
@@ -182,14 +182,14 @@ def test_a_gain_multiplies_the_output_and_has_its_gradient(function, low):
 
 
 @pytest.mark.parametrize("with_gain", [False, True])
-def test_the_gradient_of_gelu_and_product_is_exact(with_gain):
+def test_the_gradient_of_gelu_linear_is_exact(with_gain):
     torch.manual_seed(0)
     inputs = [torch.randn(2, 3, 4), torch.randn(5, 4), torch.randn(5), torch.randn(5)]
     inputs = [tensor.double().requires_grad_() for tensor in inputs[: 3 + with_gain]]
     assert torch.autograd.gradcheck(gelu_linear, inputs)
 
 
-def test_the_output_of_gelu_is_not_kept():
+def test_the_output_of_gelu_is_not_saved():
     kept = []
     x, layer = torch.randn(4, 7, requires_grad=True), Linear(7, 3)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):

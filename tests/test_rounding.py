@@ -1,8 +1,8 @@
-"""What bfloat16 and float16 cost in accuracy: no more than the official way does.
+"""bfloat16 and float16 lose no more accuracy than in the official code.
 
-The oracle is benchmarks/reference_step.py, operation for operation what the code of 2021 does,
-under torch's own autocast; the truth is the same network in float64. An error is the norm of the
-difference from the truth over the norm of the truth.
+The oracle is benchmarks/reference_step.py, which does the official operations, under torch's
+autocast. The ground truth is the same network in float64. An error is the norm of the difference
+from the truth divided by the norm of the truth.
 """
 
 import copy
@@ -32,10 +32,10 @@ from ssl_xcit.training.guard import BatchStatistics
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from reference_step import Network, ReferenceStep
 
-HIDDEN, BOTTLENECK, PROTOTYPES = 1024, 256, 2048  # of a narrow head, chance makes much
+HIDDEN, BOTTLENECK, PROTOTYPES = 1024, 256, 2048  # errors of a narrower head depend on chance
 LOCALS, TEACHER_TEMP = 1, 0.04
-WORSE = 1.2  # times the reference's error, at most
-SCALES = {  # of the loss; the first one that keeps the gradients finite, as a scaler would
+WORSE = 1.2  # largest allowed ratio to the reference's error
+SCALES = {  # loss scales; use the first that keeps the gradients finite, as a scaler would
     torch.bfloat16: (1.0,),
     torch.float16: (2.0**14, 2.0**9, 2.0**4),
 }
@@ -45,17 +45,17 @@ CASES = [
     pytest.param(arch, dtype, marks=() if arch in QUICK else pytest.mark.long)
     for arch in ARCHITECTURES
     for dtype in (torch.bfloat16, torch.float16)
-    # where a CPU takes minutes in float16, the patches of 16 pixels stand for those of 8
+    # float16 takes minutes on a CPU for these, so patches of 16 pixels stand in for those of 8
     if not (dtype == torch.float16 and arch.startswith(LARGE) and arch.endswith("_p8"))
 ]
 
 
 class Outcome(NamedTuple):
-    """Of a forward and backward pass; as vectors."""
+    """The results of a forward and backward pass, as vectors."""
 
-    features: Tensor  # what leaves the backbone
-    stream: Tensor  # what the blocks have added to the patch tokens
-    log_p: Tensor  # of each view and prototype; the loss is a weighted sum of it
+    features: Tensor  # output of the backbone
+    stream: Tensor  # sum of what the blocks add to the patch tokens
+    log_p: Tensor  # per view and prototype; the loss is a weighted sum of them
     gradients: dict[str, Tensor]
 
 
@@ -66,7 +66,7 @@ def run(
     dtype: torch.dtype | None = None,
     scale: float = 1.0,
 ) -> Outcome:
-    """`dtype` of autocast; None: that of the network. `scale` of the loss."""
+    """Run both passes. `dtype`: of autocast, None for none. `scale`: of the loss."""
     seen: dict[str, list[Tensor]] = {"in": [], "out": [], "features": []}
     blocks = network.backbone.blocks
     handles = [
@@ -89,7 +89,7 @@ def run(
         name: p.grad.double() / scale
         for name, p in network.named_parameters()
         if p.grad is not None and not ("cls_attn" in name and name.endswith("qkv.bias"))
-    }  # a third of that bias has the gradient 0 here, and rounding noise there
+    }  # a third of that bias has gradient 0 here and rounding noise there
     return Outcome(joined[2].detach(), (joined[1] - joined[0]).detach(), log_p, gradients)
 
 
@@ -102,7 +102,7 @@ def error(found: Tensor, truth: Tensor) -> float:
 
 
 def networks(arch: str, random_gains: bool, seed: int) -> tuple[nn.Module, nn.Module]:
-    """Ours and the reference's, with the same weights."""
+    """Our network and the reference's, with the same weights."""
     torch.manual_seed(seed)
     backbone = build_xcit(arch, num_classes=0)
     head = DINOHead(backbone.embed_dim, PROTOTYPES, hidden_dim=HIDDEN, bottleneck_dim=BOTTLENECK)
@@ -118,7 +118,7 @@ def networks(arch: str, random_gains: bool, seed: int) -> tuple[nn.Module, nn.Mo
 
 
 def compared(arch: str, random_gains: bool, dtype: torch.dtype, seeds: int) -> dict:
-    """{what: (our error, the reference's)}, root mean squares over the seeds."""
+    """Return {quantity: (our error, the reference's error)}, root mean squares over the seeds."""
     squares: dict[str, Tensor] = {}
     for seed in range(seeds):
         ours, reference = networks(arch, random_gains, seed)
@@ -145,7 +145,7 @@ def compared(arch: str, random_gains: bool, dtype: torch.dtype, seeds: int) -> d
             ]
         )
         assert len(of_tensors) > 200
-        # Their median: of a few small tensors chance makes much
+        # The median, because the errors of a few small tensors depend on chance.
         squares["gradients"] = squares.get("gradients", 0) + of_tensors.median(0).values.square()
     return {what: (square / seeds).sqrt().tolist() for what, square in squares.items()}
 
@@ -157,7 +157,7 @@ def check(errors: dict) -> None:
 
 
 def seeds_of(arch: str) -> int:
-    """Small networks have few numbers, in which chance weighs more."""
+    """Number of seeds; small networks have fewer values to average over and need more."""
     return {"nano": 2}.get(arch.split("_")[1], 1)
 
 
@@ -167,7 +167,7 @@ def test_lower_precision_errs_no_more_than_the_reference_under_autocast(arch, ra
     check(compared(arch, random_gains, dtype, seeds_of(arch)))
 
 
-def test_a_stream_that_is_rounded_on_purpose_is_found(monkeypatch):
+def test_a_residual_stream_that_is_rounded_on_purpose_is_detected(monkeypatch):
     add_branch = xcit.add_branch
 
     def rounded(*arguments):
@@ -175,12 +175,12 @@ def test_a_stream_that_is_rounded_on_purpose_is_found(monkeypatch):
 
     monkeypatch.setattr(xcit, "add_branch", rounded)
     errors = compared("xcit_tiny_24_p16", False, torch.bfloat16, 1)
-    assert errors["stream"][0] > 0.9  # gains of 1e-5: what the branches add is rounded away
+    assert errors["stream"][0] > 0.9  # with gains of 1e-5, the branches are rounded away
     with pytest.raises(AssertionError, match="stream"):
         check(errors)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo looks at it
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # caused by Dynamo
 @pytest.mark.parametrize(
     "setting",
     [
@@ -196,7 +196,7 @@ def test_a_stream_that_is_rounded_on_purpose_is_found(monkeypatch):
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_residual_stream_is_float32_in_every_path(monkeypatch, dtype, setting):
-    if "compiled" in setting:  # as traced: Dynamo knows neither Inductor's minutes nor jaxtyping
+    if "compiled" in setting:  # traced only: Inductor takes minutes, and Dynamo rejects jaxtyping
         monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
         torch._dynamo.reset()
         compiled = partial(torch.compile, dynamic=False, fullgraph=True, backend="aot_eager")
@@ -216,7 +216,7 @@ def test_the_residual_stream_is_float32_in_every_path(monkeypatch, dtype, settin
     with torch.autocast("cpu", dtype):
         model(crops).float().sum().backward()
     norm.remove()
-    assert len(seen) > (0 if model.compiled else 12)  # a compiled block calls no hook
+    assert len(seen) > (0 if model.compiled else 12)  # compiled blocks call no hooks
     assert set(seen) == {torch.float32}
 
 
@@ -224,9 +224,9 @@ def test_the_residual_stream_is_float32_in_every_path(monkeypatch, dtype, settin
 def test_a_training_step_in_lower_precision_errs_no_more_than_the_reference(
     photos, tmp_path, precision
 ):
-    """Of what the step adds to the student and the teacher, and of the centre.
+    """Compares the changes of student and teacher in the step, and the centre.
 
-    The reference has no gradient scaler, without which float16 gives no numbers: both are compared
+    The reference has no gradient scaler, which float16 needs. Hence both precisions are compared
     with its bfloat16, which is coarser.
     """
     settings = {
@@ -253,7 +253,7 @@ def test_a_training_step_in_lower_precision_errs_no_more_than_the_reference(
 
     truth = reference(torch.float64, None)
     theirs = reference(torch.float32, torch.bfloat16)
-    if precision == "fp16":  # where the first step is not skipped
+    if precision == "fp16":  # a scale at which the first step is not skipped
         task.scaler.load_state_dict(task.scaler.state_dict() | {"scale": 64.0})
     train_step(task, iter([(*batch, torch.arange(12))]), 0, BatchStatistics(task.modules()))
 

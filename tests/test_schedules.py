@@ -20,7 +20,7 @@ def cosine_table(base, final, total, warmup, start):
     [
         (5e-4, 1e-6, 1000, 100, 0.0),  # learning rate
         (2e-3, 1e-6, 37, 10, 1e-5),
-        (0.04, 0.4, 500, 0, 0.0),  # weight decay, which grows
+        (0.04, 0.4, 500, 0, 0.0),  # weight decay, which increases
         (0.996, 1.0, 731, 0, 0.0),  # teacher momentum
         (1e-3, 1e-6, 12, 1, 0.0),  # a warm-up of one step is `start`
         (1e-3, 1e-6, 12, 2, 0.0),
@@ -29,7 +29,7 @@ def cosine_table(base, final, total, warmup, start):
         (1e-3, 1e-6, 1, 0, 0.0),
     ],
 )
-def test_cosine_is_the_official_table_element_by_element(base, final, total, warmup, start):
+def test_cosine_equals_the_official_table_element_by_element(base, final, total, warmup, start):
     ours = [cosine(step, base, final, total, warmup, start) for step in range(total)]
     np.testing.assert_allclose(ours, cosine_table(base, final, total, warmup, start), rtol=4e-15)
 
@@ -40,7 +40,7 @@ def test_warm_up_is_bit_equal_to_numpys_linspace():
         assert ours == np.linspace(0.0, 5e-4, warmup).tolist()
 
 
-def test_first_learning_rate_is_zero_the_peak_comes_twice_and_the_end_is_not_quite_reached():
+def test_learning_rate_starts_at_zero_has_its_peak_twice_and_stops_short_of_the_final_value():
     values = [cosine(step, 1.0, 0.1, 100, 10) for step in range(100)]
     assert values[0] == 0.0
     assert values[8] < values[9] == values[10] == 1.0 > values[11]
@@ -48,13 +48,13 @@ def test_first_learning_rate_is_zero_the_peak_comes_twice_and_the_end_is_not_qui
 
 
 @pytest.mark.parametrize("total", [1, 2, 5])
-def test_a_warm_up_longer_than_the_run_is_cut_to_the_run(total):
+def test_a_warm_up_longer_than_the_run_is_shortened_to_the_run(total):
     ours = [cosine(step, 1e-3, 1e-6, total, warmup_steps=10) for step in range(total)]
     np.testing.assert_allclose(ours, np.linspace(0.0, 1e-3, total), rtol=1e-15)
 
 
 @pytest.mark.parametrize("warmup_epochs", [0, 1, 2, 30])
-def test_teacher_temperature_is_the_official_per_epoch_table(warmup_epochs):
+def test_teacher_temperature_equals_the_official_per_epoch_table(warmup_epochs):
     table = np.concatenate(
         [np.linspace(0.04, 0.07, warmup_epochs), np.full(100 - warmup_epochs, 0.07)]
     )
@@ -63,7 +63,7 @@ def test_teacher_temperature_is_the_official_per_epoch_table(warmup_epochs):
     assert ours == [teacher_temp(epoch, 0.04, 0.07, warmup_epochs, 100) for epoch in range(100)]
 
 
-def test_teacher_temperature_of_a_short_run_is_cut_to_the_run_or_stays_at_the_start_of_the_ramp():
+def test_teacher_temperature_warm_up_of_a_short_run_is_shortened_only_if_the_length_is_given():
     cut = [teacher_temp(epoch, 0.04, 0.07, 30, epochs=10) for epoch in range(10)]
     assert cut == np.linspace(0.04, 0.07, 10).tolist()
     uncut = [teacher_temp(epoch, 0.04, 0.07, 30) for epoch in range(10)]
@@ -91,7 +91,7 @@ def test_learning_rate_scales_linearly_from_256_images():
         (lambda: teacher_temp(0, 0.04, 0.07, -3), "-3"),
     ],
 )
-def test_nonsense_is_refused_in_one_line(call, complaint):
+def test_invalid_arguments_are_refused_in_one_line(call, complaint):
     with pytest.raises(UserError, match=complaint) as error:
         call()
     assert "\n" not in str(error.value)

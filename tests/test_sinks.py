@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases get the rows of metrics.jsonl, each step once."""
+"""TensorBoard and Weights & Biases receive the rows of metrics.jsonl, each step once."""
 
 import json
 import subprocess
@@ -38,12 +38,12 @@ def init(**arguments):
 
 @pytest.fixture(autouse=True)
 def shallow(monkeypatch):
-    """Networks of one block."""
+    """Use networks with one block."""
     set_depth(monkeypatch, 1)
 
 
 def scalars(out: Path) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard itself shows of a run folder."""
+    """The scalars that TensorBoard itself reads from a run folder."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     shown = EventAccumulator(str(out / "tensorboard"), size_guidance={"scalars": 0})
@@ -54,7 +54,7 @@ def scalars(out: Path) -> dict[str, list[tuple[int, float]]]:
 
 @pytest.fixture
 def fake_wandb(tmp_path, monkeypatch):
-    """A package wandb that notes its calls."""
+    """A fake wandb package that records its calls."""
     folder = tmp_path / "packages"
     folder.mkdir()
     (folder / "wandb.py").write_text(FAKE)
@@ -68,13 +68,13 @@ def calls(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "calls.jsonl").read_text().splitlines()]
 
 
-def test_nothing_is_opened_unasked(photos, tmp_path):
+def test_no_sink_is_opened_unless_requested(photos, tmp_path):
     before = set(sys.modules)  # other tests may have imported them
     assert open_sinks(config(photos, tmp_path), 0, True) == []
     assert {"torch.utils.tensorboard", "wandb"}.isdisjoint(set(sys.modules) - before)
 
 
-def test_tensorboard_shows_what_metrics_jsonl_says(photos, tmp_path):
+def test_tensorboard_shows_the_values_of_metrics_jsonl(photos, tmp_path):
     out = tmp_path / "a"
     train.train(config(photos, out, epochs=1, tensorboard="true"))
     rows, shown = read_metrics(out / "metrics.jsonl"), scalars(out)
@@ -145,12 +145,12 @@ def test_the_real_wandb_takes_rows_offline(photos, tmp_path, monkeypatch):
     identity = json.loads((tmp_path / "wandb.json").read_text())["id"]
     folders = list((tmp_path / "wandb").glob("offline-run-*"))
     assert folders
-    # Two starts within a second: wandb numbers the second folder, after the id
+    # Two starts within a second: wandb appends a number to the second folder, after the id.
     assert all(f"-{identity}" in folder.name for folder in folders)
 
 
 def run_without(package: str, *arguments: str) -> subprocess.CompletedProcess:
-    """main_dino.py where a package is not installed."""
+    """Run main_dino.py without an installed package."""
     program = (
         f"import runpy, sys; sys.modules[{package!r}] = None; sys.argv = {['x', *arguments]!r}; "
         f"runpy.run_path({str(ROOT / 'main_dino.py')!r}, run_name='__main__')"
@@ -160,7 +160,9 @@ def run_without(package: str, *arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(("package", "value"), [("tensorboard", "true"), ("wandb", "birds")])
-def test_a_missing_package_is_one_line_before_training_starts(package, value, photos, tmp_path):
+def test_a_missing_package_is_reported_in_one_line_before_training_starts(
+    package, value, photos, tmp_path
+):
     out = tmp_path / "a"
     done = run_without(package, *flags(photos, out, **{package: value}))
     assert done.returncode == 2, done.stderr
@@ -170,12 +172,12 @@ def test_a_missing_package_is_one_line_before_training_starts(package, value, ph
     assert not (out / "metrics.jsonl").exists()
 
 
-def test_wandb_that_refuses_is_one_line(fake_wandb, photos, tmp_path):
+def test_an_error_of_wandb_is_reported_in_one_line(fake_wandb, photos, tmp_path):
     with pytest.raises(UserError, match="api_key not configured; log in"):
         open_sinks(config(photos, tmp_path, wandb="locked"), 0, True)
 
 
-def test_asking_for_a_sink_does_not_make_another_run(photos, tmp_path, fake_wandb):
+def test_adding_a_sink_does_not_make_it_another_run(photos, tmp_path, fake_wandb):
     out = tmp_path / "a"
     train.train(config(photos, out, epochs=1))
     last = train.train(config(photos, out, epochs=1, wandb="birds"))

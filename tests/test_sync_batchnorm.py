@@ -10,7 +10,7 @@ from torch import nn
 
 from ssl_xcit.operators.sync_batchnorm import CpuSyncBatchNorm, synchronise_batchnorm
 
-SPLITS = {2: [3, 5], 4: [1, 2, 2, 3]}  # images of each rank, not equally many
+SPLITS = {2: [3, 5], 4: [1, 2, 2, 3]}  # images per rank, different numbers
 
 
 def network(dtype: torch.dtype) -> nn.Module:
@@ -19,7 +19,7 @@ def network(dtype: torch.dtype) -> nn.Module:
         nn.Conv2d(3, 6, 3, bias=False),
         nn.BatchNorm2d(6),
         nn.GELU(),
-        nn.Conv2d(6, 4, 3, bias=False),  # whose gradient would be 0 but for rounding
+        nn.Conv2d(6, 4, 3, bias=False),  # a bias would have a gradient of 0 up to rounding
         nn.Flatten(),
         nn.BatchNorm1d(64),
     )
@@ -37,14 +37,14 @@ def batch(dtype: torch.dtype) -> torch.Tensor:
 
 
 def loss_of(outputs: torch.Tensor) -> torch.Tensor:
-    """A sum over samples that tells them and their outputs apart."""
+    """A sum over samples with different weights per sample and output."""
     weights = torch.linspace(-1, 1, outputs.shape[1], dtype=outputs.dtype)
     return (outputs.sin() @ weights).square().sum()
 
 
 def results(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
     images = images.clone().requires_grad_()
-    for _ in range(2):  # the running statistics of two batches
+    for _ in range(2):  # update the running statistics twice
         outputs = model(images)
     loss_of(outputs).backward()
     gradients = {f"grad/{name}": p.grad for name, p in model.named_parameters()}
@@ -114,7 +114,7 @@ def test_conversion_keeps_parameters_buffers_names_and_mode():
     assert not any(module.training for module in converted.modules())
 
 
-def test_alone_and_in_evaluation_it_is_torchs_own_batchnorm():
+def test_in_one_process_and_in_evaluation_it_equals_torchs_batchnorm():
     images = batch(torch.float32)
     plain, other = network(torch.float32), network(torch.float32)
     synchronise_batchnorm(other, torch.device("cpu"))

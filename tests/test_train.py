@@ -1,4 +1,4 @@
-"""Pretraining as a whole: the step against a naive one, resuming, repeating, ranks, refusals."""
+"""Whole pretraining runs: the step against a naive one, resuming, repeating, ranks, user errors."""
 
 import copy
 import json
@@ -31,7 +31,7 @@ from ssl_xcit.training.guard import BatchStatistics
 from ssl_xcit.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
-SMALL = {  # an xcit_nano_12_p16 on crops of 32 pixels, in float32: 0.2 s a step
+SMALL = {  # an xcit_nano_12_p16 on crops of 32 pixels, in float32: 0.2 s per step
     "arch": "xcit_nano_12_p16",
     "global_crops_size": 32,
     "local_crops_number": 2,
@@ -68,7 +68,7 @@ def command(*arguments: str, run=forked.run, **options) -> subprocess.CompletedP
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the newest checkpoint but the log's running means."""
+    """Every tensor of the newest checkpoint, except the log's running means."""
     found, _ = checkpoint.load_latest(out / "checkpoints")
     return {
         f"{group}/{key}": tensor
@@ -85,7 +85,7 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 
 
 def scientific(rows: list[dict]) -> list[dict]:
-    """The rows without what may differ from run to run."""
+    """The rows without values that may differ between runs."""
     return [
         {key: value for key, value in row.items() if key.split("/")[0] not in ("speed", "memory")}
         for row in rows
@@ -93,14 +93,14 @@ def scientific(rows: list[dict]) -> list[dict]:
 
 
 def build_student(photos: Path, out: Path, **changes) -> dict[str, torch.Tensor]:
-    """The student's state at the start."""
+    """The student's initial state."""
     run = Pretraining(config(photos, out, **changes), distributed.setup("cpu"))
     return run.bare_model.state_dict()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def shallow():
-    """Runs are with two blocks: how deep the network is decides nothing here."""
+    """Use two blocks: the depth of the network does not matter here."""
     with networks(2):
         yield
 
@@ -117,7 +117,7 @@ def finished(photos, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("depth", [2, pytest.param(12, marks=pytest.mark.long)])
-def test_a_step_is_that_of_the_equations(photos, tmp_path, depth):
+def test_a_step_follows_the_equations(photos, tmp_path, depth):
     """One SGD step with clipping, written out view by view and tensor by tensor."""
     settings = config(
         photos, tmp_path, optimizer="sgd", drop_path_rate=0, clip_grad=0.05, warmup_epochs=0,
@@ -129,7 +129,7 @@ def test_a_step_is_that_of_the_equations(photos, tmp_path, depth):
     global_crops, local_crops, indices = next(iter(run.loader))
     student = copy.deepcopy(run.bare_model).double().train()
     teacher = copy.deepcopy(run.teacher).double().train()
-    # A centre of 0 would hide its sign and the moment of its update.
+    # A centre of 0 would hide its sign and the time of its update.
     run.dino_loss.center.uniform_(-0.1, 0.1)
     center = run.dino_loss.center.clone().double()
     before = {name: p.detach().clone() for name, p in student.named_parameters()}
@@ -171,7 +171,7 @@ def test_a_step_is_that_of_the_equations(photos, tmp_path, depth):
         moved = momentum * teacher_before[name] + (1 - momentum) * expected
         theirs = run.teacher.get_parameter(name).double()
         torch.testing.assert_close(theirs, moved, rtol=1e-4, atol=2e-6, msg=name)
-    assert 0 < clipped < len(before)  # the bound lies within the gradients' norms
+    assert 0 < clipped < len(before)  # the bound clips some gradients but not all
     expected = 0.9 * center + 0.1 * t.flatten(0, 1).mean(0)
     torch.testing.assert_close(run.dino_loss.center.double(), expected, rtol=1e-4, atol=1e-6)
     # The teacher's BatchNorm statistics are those of its own forward pass over the global views.
@@ -181,7 +181,7 @@ def test_a_step_is_that_of_the_equations(photos, tmp_path, depth):
         )
 
 
-def test_the_run_folder_tells_what_ran(finished):
+def test_the_run_folder_records_what_ran(finished):
     rows = read_metrics(finished / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(12))
     assert rows[0]["schedule/lr"] == 0.0
@@ -230,7 +230,7 @@ def test_the_resolved_configuration_repeats_the_run_bit_for_bit(finished, tmp_pa
     [SCRIPT, pytest.param(SCRIPT[2:], marks=pytest.mark.long)],
     ids=["two blocks", "whole"],
 )
-def test_kill_9_and_the_same_command_give_the_weights_of_an_undisturbed_run(
+def test_kill_9_and_the_same_command_give_the_weights_of_an_uninterrupted_run(
     photos, tmp_path, script
 ):
     settings = {"epochs": 6, "save_every": 0.001, "log_every": 3}  # kills fall inside an interval
@@ -285,10 +285,10 @@ def torchrun(world: int, arguments: list[str]) -> None:
 def test_two_ranks_agree_on_every_parameter_and_equal_two_micro_batches(
     photos, tmp_path, start, depth
 ):
-    """Ranks x accumulation is what counts: 2 x 1 and 1 x 2 see the same micro-batches."""
+    """Only ranks x accumulation matters: 2 x 1 and 1 x 2 see the same micro-batches."""
     two, one = tmp_path / "two", tmp_path / "one"
     worker = [PROGRAM, str(depth), str(ROOT / "tests" / "dump_ranks.py")]
-    # SGD, because Adam turns rounding noise in vanishing gradients into steps of the full rate
+    # SGD, because Adam turns rounding noise in vanishing gradients into full-size steps.
     settings = {"batch_size_per_gpu": 6, "drop_path_rate": 0.2, "optimizer": "sgd", "lr": 0.1}
     settings |= {"sync_bn": False}
     start(2, [sys.executable, *worker, *flags(photos, two, **settings)])
@@ -301,10 +301,10 @@ def test_two_ranks_agree_on_every_parameter_and_equal_two_micro_batches(
     moved = max(
         (ours[f"student/{k}"] - t).abs().max() for k, t in begun.items() if "running" not in k
     )
-    assert moved > 1e-2  # the agreement below is not that of networks that stood still
+    assert moved > 1e-2  # the networks have changed, so the agreement below means something
     for name in ours:
         if "running" in name or "num_batches" in name:
-            continue  # one process updates them once per micro-batch, two share one update
+            continue  # one process updates them once per micro-batch, two ranks once per step
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-5)
     for row, other in zip(
         *(read_metrics(out / "metrics.jsonl") for out in (two, one)), strict=True
@@ -312,7 +312,7 @@ def test_two_ranks_agree_on_every_parameter_and_equal_two_micro_batches(
         told = {key: value for key, value in row.items() if key.startswith("health/")}
         assert len(told) == 7
         assert told == pytest.approx({key: other[key] for key in told}, rel=1e-3)
-    # the folder belongs to the global batch of 12: another split of it may continue
+    # The folder belongs to the global batch of 12; a different split of it may continue.
     shutil.copytree(one, tmp_path / "moved")
     with networks(depth):
         train.train(config(photos, tmp_path / "moved", **settings | {"batch_size_per_gpu": 12}))
@@ -330,7 +330,7 @@ def test_two_ranks_agree_on_every_parameter_and_equal_two_micro_batches(
         ({"probe.every": 1, "probe_train": "no.beton", "probe_test": "no.beton"}, ["no.beton"]),
     ],
 )
-def test_bad_input_is_one_clear_line_and_status_2(photos, tmp_path, changes, words):
+def test_bad_input_gives_one_clear_line_and_status_2(photos, tmp_path, changes, words):
     (tmp_path / "FILE").write_text("")
     (tmp_path / "cut.beton").write_bytes(photos.read_bytes()[:-30])
     if changes.get("data") == "CUT":
@@ -342,8 +342,8 @@ def test_bad_input_is_one_clear_line_and_status_2(photos, tmp_path, changes, wor
     assert not (tmp_path / "run").exists()
 
 
-def test_a_new_interpreter_says_nothing_but_the_line_about_bad_input(photos, tmp_path):
-    """Its imports may warn, which processes that are forked cannot show."""
+def test_a_new_interpreter_prints_only_the_line_about_bad_input(photos, tmp_path):
+    """Imports may print warnings, which forked processes cannot show."""
     arguments = flags(photos, tmp_path / "run", data="nowhere.beton")
     script = str(ROOT / "main_dino.py")
     assert_refused(command(script, *arguments, run=subprocess.run), ["nowhere.beton"])
@@ -358,7 +358,7 @@ def assert_refused(result: subprocess.CompletedProcess, words: list[str]) -> Non
         assert word in lines[0]
 
 
-def test_another_configuration_in_the_same_folder_is_refused_with_its_keys(photos, finished):
+def test_another_configuration_in_the_same_folder_is_refused_and_its_keys_named(photos, finished):
     with pytest.raises(UserError, match=r"optim\.lr: 0\.0005 -> 0\.001.*another --out"):
         train.train(config(photos, finished, lr=0.001))
     with pytest.raises(UserError, match="global batch: 12 -> 24"):
@@ -380,9 +380,9 @@ def test_a_loss_that_is_no_longer_finite_stops_the_run_before_it_is_saved(photos
 
 def test_running_out_of_memory_names_the_options_to_change(photos, tmp_path):
     advice = train.memory_advice(config(photos, tmp_path))
-    named = r"size_per_gpu 12.*--accumulation_steps 1.*, give --crops_in_turn true or --activation_"
+    named = r"size_per_gpu 12.*--accumulation_steps 1.*, use --crops_in_turn true or --activation_"
     with pytest.raises(UserError, match=named), advice:
-        torch.empty(2**50)  # the allocator's own refusal
+        torch.empty(2**50)  # raises the allocator's real error
     frugal = config(photos, tmp_path, crops_in_turn=True, activation_checkpointing=True)
     with (
         pytest.raises(UserError, match="the same result, or lower the others"),
@@ -391,9 +391,7 @@ def test_running_out_of_memory_names_the_options_to_change(photos, tmp_path):
         torch.empty(2**50)
     for useless in ({"use_bn_in_head": True}, {"local_crops_number": 0}):
         with (
-            pytest.raises(
-                UserError, match="the same result, give --activation_checkpointing true,"
-            ),
+            pytest.raises(UserError, match="the same result, use --activation_checkpointing true,"),
             train.memory_advice(config(photos, tmp_path, **useless)),
         ):
             torch.empty(2**50)
@@ -401,7 +399,7 @@ def test_running_out_of_memory_names_the_options_to_change(photos, tmp_path):
         raise RuntimeError("something else")
 
 
-def test_the_probe_is_logged_and_leaves_the_training_as_it_was(photos, finished, tmp_path):
+def test_the_probe_is_logged_and_does_not_change_the_training(photos, finished, tmp_path):
     probed = tmp_path / "probed"
     train.train(
         config(
@@ -411,7 +409,7 @@ def test_the_probe_is_logged_and_leaves_the_training_as_it_was(photos, finished,
     )  # fmt: skip
     rows = [row for row in read_metrics(probed / "metrics.jsonl") if "probe/top1_cls" in row]
     assert [row["step"] for row in rows] == [3, 7, 11]
-    # every image is its own nearest neighbour
+    # Every image is its own nearest neighbour.
     assert rows[0]["probe/top1_cls"] == rows[0]["probe/top1_patch"] == 100.0
     assert_same(weights(finished), weights(probed))
 
@@ -425,13 +423,13 @@ def test_a_probe_without_labels_is_refused_before_anything_is_written(photos, tm
     assert not (tmp_path / "run").exists()
 
 
-def test_bf16_trains_in_float32_weights(photos, tmp_path):
+def test_bf16_training_keeps_float32_weights(photos, tmp_path):
     row = train.train(config(photos, tmp_path / "run", precision="bf16", epochs=1))
     assert math.isfinite(row["train/loss"])
     assert {t.dtype for t in weights(tmp_path / "run").values()} <= {torch.float32, torch.int64}
 
 
-def test_the_commit_is_gits_word_or_what_a_frozen_copy_notes_and_missing_git_is_no_error(
+def test_the_commit_comes_from_git_or_a_code_snapshots_note_and_missing_git_is_no_error(
     tmp_path, monkeypatch
 ):
     monkeypatch.setattr(provenance, "PACKAGE", tmp_path / "ssl_xcit")

@@ -1,4 +1,4 @@
-"""The whole step beside benchmarks/reference_step.py, which executes the operations of 2021."""
+"""The whole step against benchmarks/reference_step.py, which executes the official operations."""
 
 import copy
 import itertools
@@ -23,7 +23,7 @@ LR, DECAY, MOMENTUM = 1e-3, 0.04, 0.99
 
 
 class Pair:
-    """Our step and the reference's, from the same weights."""
+    """Our step and the reference step, from the same weights."""
 
     def __init__(self, photos: Path, folder: Path, dtype: torch.dtype, **changes) -> None:
         settings = {
@@ -46,7 +46,7 @@ class Pair:
             clip_grad=0.3,
             momentum=MOMENTUM,
         ).to(dtype)
-        # Unequal networks and a centre: with equal ones half of the mistakes would not show
+        # Different networks and a non-zero centre: equal ones would hide half of the mistakes.
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in self.task.teacher.parameters():
@@ -60,7 +60,7 @@ class Pair:
         self.dtype = dtype
 
     def step(self, number: int) -> tuple[float, float]:
-        """One step of both; (our loss, the reference's)."""
+        """Run one step of both; return (our loss, the reference loss)."""
         generator = torch.Generator().manual_seed(number)
         n, crops = self.config.optim.batch_size_per_gpu, self.config.crops
         sizes = (2, crops.global_crops_size), (crops.local_crops_number, crops.local_crops_size)
@@ -89,11 +89,11 @@ def test_twenty_steps_in_float32_follow_the_reference(photos, tmp_path, monkeypa
     ("arch", "in_turn"),
     [("xcit_nano_12_p16", False), ("xcit_nano_12_p16", True), ("xcit_tiny_12_p8", False)],
 )
-def test_one_step_in_float64_updates_every_weight_as_the_reference_does(
+def test_one_step_in_float64_updates_every_weight_like_the_reference(
     photos, tmp_path, arch, in_turn
 ):
-    """But for the key's third of the class attention's qkv.bias, which has no effect: its gradient
-    is 0 here and rounding noise there, and Adam's first step is of the gradient's sign."""
+    """Except the key's third of the class attention's qkv.bias, which has no effect. Its gradient
+    is 0 here and rounding noise there, and the sign decides Adam's first step."""
     pair = Pair(photos, tmp_path, torch.float64, arch=arch, crops_in_turn=in_turn)
     before = {name: p.detach().clone() for name, p in pair.task.bare_model.named_parameters()}
     ours, theirs = pair.step(0)
@@ -119,7 +119,7 @@ def test_one_step_in_float64_updates_every_weight_as_the_reference_does(
 
 @pytest.mark.usefixtures("nano_blocks")
 @pytest.mark.parametrize("frozen", [0, 1])
-def test_crops_in_turn_change_no_number_of_the_log(photos, tmp_path, frozen):
+def test_crops_in_turn_changes_no_number_of_the_log(photos, tmp_path, frozen):
     rows = []
     for in_turn in (False, True):
         out = tmp_path / f"{in_turn}"

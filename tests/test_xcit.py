@@ -1,6 +1,6 @@
-"""XCiT against the recorded outputs of the official code, timm, and naive loops from the equations.
+"""XCiT against recorded outputs of the official code, timm, and naive loops from the equations.
 
-The logits of the fixtures hardly move with LayerNorm's eps (7e-6) or a tanh GELU (1e-4): hence the
+A wrong LayerNorm eps changes the fixtures' logits by only 7e-6, a tanh GELU by 1e-4. Hence the
 tolerance of 5e-6 in float32, and the comparisons in float64.
 """
 
@@ -53,18 +53,18 @@ def micro(patch_size: int = 8, randomised: bool = True, **overrides) -> XCiT:
 
 
 def on_images(layer, x, grid, *others):
-    """A layer that takes the tokens of several sizes of images, on (b, n, d) of one size."""
+    """Apply a layer for tokens of several image sizes to (b, n, d) of one size."""
     return layer(x.flatten(0, 1), (Grid(len(x), *grid),), *others).view_as(x)
 
 
 def attend_images(qkv, temperature):
-    """`xca._Attend` on (b, n, 3, heads, e)."""
+    """Apply `xca._Attend` to (b, n, 3, heads, e)."""
     grids = (Grid(len(qkv), 1, qkv.shape[1]),)
     return xca._Attend.apply(qkv.flatten(0, 1), temperature, grids).unflatten(0, qkv.shape[:2])
 
 
 def randomise(model: XCiT) -> XCiT:
-    """Every tensor away from its initial value, BatchNorm's statistics included."""
+    """Randomise every tensor, including BatchNorm's statistics."""
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if name.endswith("num_batches_tracked"):
@@ -110,7 +110,7 @@ def test_there_are_fourteen_architectures_each_with_the_official_keys_and_shapes
         assert shapes == keys[arch], arch
 
 
-def test_parameter_counts_are_those_of_the_published_table():
+def test_parameter_counts_match_the_published_table():
     rows = json.loads((FIXTURES / "seed_models.json").read_text())
     assert len(rows) == 42
     counts = {}
@@ -121,7 +121,7 @@ def test_parameter_counts_are_those_of_the_published_table():
         assert counts[row["model"]] == row["params_exact"], row["name"]
 
 
-def test_the_table_gives_each_model_its_heads_gains_and_kind_of_norm():
+def test_each_variant_has_its_heads_layerscale_gains_and_kind_of_norm():
     rows = json.loads((FIXTURES / "seed_models.json").read_text())
     for row in rows:
         variant = xcit.VARIANTS[row["arch"]]
@@ -132,7 +132,7 @@ def test_the_table_gives_each_model_its_heads_gains_and_kind_of_norm():
     assert (model.embed_dim, model.patch_size, model.num_classes) == (128, 16, 0)
 
 
-def test_a_wrong_architecture_is_answered_with_the_nearest_one():
+def test_an_unknown_architecture_error_names_the_closest_match():
     with pytest.raises(UserError, match=r"'xcit_smal_12_p8'.*'xcit_small_12_p8'") as error:
         build_xcit("xcit_smal_12_p8")
     assert "\n" not in str(error.value)
@@ -291,7 +291,7 @@ def test_xca_equals_a_loop_over_images_and_heads():
 
 
 @pytest.mark.parametrize("n", [1, 3, 7])
-def test_gradients_of_xca_are_those_of_finite_differences(n):
+def test_gradients_of_xca_equal_finite_differences(n):
     torch.manual_seed(n)
     qkv = torch.randn(2, n, 3, 3, 4, dtype=torch.float64, requires_grad=True)
     temperature = torch.rand(3, 1, 1, dtype=torch.float64) + 0.5
@@ -300,7 +300,7 @@ def test_gradients_of_xca_are_those_of_finite_differences(n):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-13), ("float32", 1e-5)])
-def test_gradients_of_xca_are_those_that_autograd_derives(dtype, tolerance):
+def test_gradients_of_xca_equal_autograds(dtype, tolerance):
     qkv = torch.randn(4, 17, 3, 3, 8, dtype=getattr(torch, dtype))
     temperature = torch.rand(3, 1, 1, dtype=qkv.dtype) + 0.5
     weights = torch.randn(4, 17, 24, dtype=qkv.dtype)
@@ -321,7 +321,7 @@ def test_gradients_of_xca_are_those_that_autograd_derives(dtype, tolerance):
 
 
 @pytest.mark.parametrize("n", [36, 7, 2])
-def test_bfloat16_gradients_of_xca_err_as_bfloat16_rounds(n):
+def test_bfloat16_gradients_of_xca_are_accurate_to_bfloat16_rounding(n):
     exact = torch.randn(4, n, 3, 3, 8).bfloat16().double().requires_grad_()
     rounded = exact.detach().bfloat16().requires_grad_()
     temperature = torch.rand(3, 1, 1) + 0.5
@@ -362,7 +362,7 @@ def test_a_block_adds_each_branch_times_its_gains():
         (out * weights).sum().backward()
         results.append([out, inputs.grad, *(p.grad for p in block.parameters())])
     for ours, theirs in zip(*results, strict=True):
-        # the bias before a BatchNorm is inert: its gradient is rounding and nothing else
+        # The bias before a BatchNorm has no effect: its gradient is only rounding.
         assert gap(ours, theirs) < 1e-12 * max(1, theirs.abs().max().item())
 
 
@@ -394,7 +394,7 @@ def test_lpi_equals_a_loop_over_the_neighbours_on_a_grid_that_is_not_square():
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (2, 2), (3, 4)])
-def test_a_frozen_block_hands_the_gradient_on_and_has_none(grid):
+def test_a_frozen_block_passes_the_gradient_on_and_has_none_itself(grid):
     blocks = [XCABlock(24, 3, 4, 1.0).train() for _ in range(2)]
     blocks[1].load_state_dict(blocks[0].requires_grad_(False).state_dict())
     inputs = [torch.linspace(-1, 1, 2 * grid[0] * grid[1] * 24).view(2, -1, 24) for _ in blocks]
@@ -418,7 +418,7 @@ def test_lpi_on_grids_smaller_than_its_kernel_has_the_same_gradients(grid):
         assert gap(ours, other) < 1e-10
 
 
-def test_class_attention_equals_projecting_every_token_to_keys_and_values():
+def test_class_attention_equals_the_form_that_projects_every_token_to_keys_and_values():
     d, heads, n = 12, 3, 7
     layer = ClassAttention(d, heads).double()
     for parameter in layer.parameters():
@@ -447,13 +447,13 @@ def test_class_attention_maps_and_the_share_of_the_cls_token_sum_to_one():
     share = seen[0][:, :, 0]
     assert (share > 0).all()
     assert gap(maps.sum(dim=2) + share, np.ones((2, 3))) < 1e-6
-    # the maps are those that made the features
+    # The maps are those used in forward_features.
     model.forward_features(x)
     assert torch.equal(seen[1][:, :, 1:], maps)
 
 
 @pytest.mark.parametrize("patch_size", [16, 8])
-def test_the_class_attention_inputs_are_what_hooks_see_enter_the_layers(patch_size):
+def test_the_class_attention_inputs_are_what_hooks_record_at_the_layers(patch_size):
     model = micro(patch_size).double().eval()
     x = torch.randn(2, 3, 48, 32).double()
     seen = []
@@ -480,10 +480,10 @@ def test_the_class_attention_inputs_are_what_hooks_see_enter_the_layers(patch_si
     ("drop_path_rate", "checkpointing", "limit"),
     [(0.0, False, None), (0.0, False, 0), (0.4, False, None), (0.4, False, 1), (0.4, True, 1)],
 )
-def test_batches_of_several_sizes_give_what_a_pass_for_each_gives(
+def test_batches_of_several_sizes_equal_one_pass_for_each_size(
     monkeypatch, drop_path_rate, checkpointing, limit
 ):
-    if limit is not None:  # by itself a CPU takes sizes apart while samples drop branches
+    if limit is not None:  # by default a CPU separates the sizes while samples drop branches
         monkeypatch.setattr(XCiT, "_fit_together", lambda self, images: limit > 0)
     sizes = [(5, 32, 32), (7, 16, 24), (3, 8, 40)]
     images = [torch.randn(b, 3, h, w).double() for b, h, w in sizes]
@@ -507,7 +507,7 @@ def test_batches_of_several_sizes_give_what_a_pass_for_each_gives(
         assert gap(ours, theirs) < 1e-12  # BatchNorm sees one size after the other
 
 
-def test_on_a_cpu_sizes_share_a_pass_while_they_are_small(monkeypatch):
+def test_on_a_cpu_small_batches_of_several_sizes_share_a_pass(monkeypatch):
     model, images = micro().eval(), [torch.randn(2, 3, size, size) for size in (32, 16)]
     seen = []
     model.blocks[0].mlp.register_forward_hook(lambda _, inputs, out: seen.append(len(out)))
@@ -517,12 +517,12 @@ def test_on_a_cpu_sizes_share_a_pass_while_they_are_small(monkeypatch):
         model(images)
     assert seen == [2 * 16 + 2 * 4, 2 * 16, 2 * 4]
     monkeypatch.undo()
-    model.activation_checkpointing = True  # for less memory: a block of one size at a time
+    model.activation_checkpointing = True  # one size at a time needs less memory
     model(images)
     assert seen[3:] == [2 * 16, 2 * 4]
 
 
-def test_batches_of_several_sizes_under_autocast_stay_near_a_pass_for_each():
+def test_batches_of_several_sizes_under_autocast_are_close_to_one_pass_for_each_size():
     images = [torch.randn(6, 3, 32, 32), torch.randn(8, 3, 8, 8)]  # 16 tokens, and 1
     model = micro().train()
     with torch.autocast("cpu", torch.bfloat16):
@@ -535,7 +535,7 @@ def test_batches_of_several_sizes_under_autocast_stay_near_a_pass_for_each():
 
 @pytest.mark.parametrize("patch_size", [16, 8])
 @pytest.mark.parametrize("size", [(1, 1), (7, 5), (16, 16), (32, 56), (33, 47), (64, 9)])
-def test_any_size_gives_one_token_for_each_begun_patch(patch_size, size):
+def test_any_image_size_gives_one_token_per_full_or_partial_patch(patch_size, size):
     model = micro(patch_size).eval()
     x = torch.randn(1, 3, *size)
     cls, patches = model.forward_features(x)
@@ -548,7 +548,7 @@ def test_any_size_gives_one_token_for_each_begun_patch(patch_size, size):
 
 
 @pytest.mark.parametrize("in_chans", [1, 5])
-def test_every_channel_of_the_image_counts(in_chans):
+def test_every_channel_of_the_image_affects_the_output(in_chans):
     model, x = micro(in_chans=in_chans).eval(), torch.randn(1, in_chans, 32, 32)
     logits = model(x)
     for channel in range(in_chans):
@@ -580,7 +580,7 @@ def test_the_images_memory_layout_does_not_matter():
 # Gradients, copies, compilation.
 
 
-def test_every_parameter_gets_a_gradient_but_the_inert_key_bias_of_class_attention():
+def test_every_parameter_gets_a_gradient_except_the_unused_key_bias_of_class_attention():
     model = micro().train()
     model(torch.randn(4, 3, 40, 32)).square().sum().backward()
     for name, parameter in model.named_parameters():
@@ -592,14 +592,14 @@ def test_every_parameter_gets_a_gradient_but_the_inert_key_bias_of_class_attenti
             assert part.any() != inert, (name, third)
 
 
-def test_patch_tokens_alone_reach_every_parameter_that_makes_them():
+def test_a_loss_on_patch_tokens_gives_gradients_to_all_parameters_that_affect_them():
     model = micro().train()
     model.forward_features(torch.randn(4, 3, 40, 32))[1].square().sum().backward()
     assert model.cls_attn_blocks[1].gamma1.grad.any()
     assert all(p.grad.any() for p in model.blocks.parameters())
 
 
-def test_a_copy_is_independent_and_holds_nothing_but_the_official_tensors():
+def test_a_copy_is_independent_and_holds_only_the_official_tensors():
     model, x = micro().eval(), torch.randn(1, 3, 32, 56)
     before = model(x)
     twin = copy.deepcopy(model)
@@ -618,7 +618,7 @@ def test_synchronised_batch_norm_keeps_the_names():
 
 
 def plain_xcit(monkeypatch):
-    """xcit and what it imports, loaded past pytest's hook: Dynamo cannot trace its checks."""
+    """xcit and its imports, without pytest's import hook, whose checks Dynamo cannot trace."""
     parts = tokens, products, xca, lpi, drop_path, layers, class_attention
     for module in (draws, *parts, xcit):
         name = f"plain_{module.__name__.rpartition('.')[2]}"
@@ -645,9 +645,9 @@ def test_compiling_breaks_no_graph_and_changes_nothing_at_two_sizes(monkeypatch)
         torch.compile(getattr(twin, method), backend="eager", fullgraph=True)(x)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo looks at it, and silences it
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # caused by Dynamo
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_parts_give_the_same_numbers_from_as_many_graphs_as_there_are_kinds(
+def test_compiled_modules_give_the_same_numbers_with_one_graph_per_class_and_size(
     monkeypatch, checkpointing
 ):
     plain = plain_xcit(monkeypatch)
@@ -671,7 +671,7 @@ def test_compiled_parts_give_the_same_numbers_from_as_many_graphs_as_there_are_k
         assert gap(ours.grad, theirs.grad) < 1e-10
     for ours, theirs in zip(twin.buffers(), eager.buffers(), strict=True):
         assert gap(ours, theirs) < 1e-12
-    assert counter.frame_count == 4 * 2  # the last class attention is for the cls token only
+    assert counter.frame_count == 4 * 2  # the last class attention computes only the cls token
     with torch.no_grad():
         twin.eval()(torch.randn(1, 3, 40, 40).double())
     assert counter.frame_count == 4 * 2  # evaluation is not compiled
@@ -681,7 +681,7 @@ def test_compiled_parts_give_the_same_numbers_from_as_many_graphs_as_there_are_k
 
 
 class Inputs(TorchDispatchMode):
-    """Notes the dtype of the first input and of the output of the operations called `name`."""
+    """Records the dtypes of the first input and of the output of the operations called `name`."""
 
     def __init__(self, name: str):
         super().__init__()
@@ -705,8 +705,8 @@ def test_under_autocast_every_softmax_and_every_length_is_float32():
 
 
 def test_bfloat16_queries_whose_products_are_exact_give_the_exact_attention():
-    # Small integers: q k^T has no rounding even in bfloat16, so what is left is what the lengths,
-    # the division and the softmax do. In bfloat16 they would err by some 1e-2 here.
+    # Small integers: q k^T is exact even in bfloat16, so only the norms, the division and the
+    # softmax can round. In bfloat16 their error would be about 1e-2 here.
     q, k = torch.randint(-2, 3, (2, 2, 3, 6, 11)).bfloat16()
     temperature = torch.full((3, 1, 1), 7.0)
     packed = torch.stack((q, k, k)).mT  # (3, 2, 3, 11, 6)
@@ -716,7 +716,7 @@ def test_bfloat16_queries_whose_products_are_exact_give_the_exact_attention():
     assert gap(attention, (7 * cosine).softmax(dim=3)) < 2e-6
 
 
-def test_a_bfloat16_forward_and_backward_stay_near_float32():
+def test_a_bfloat16_forward_and_backward_are_close_to_float32():
     model, x = micro().train(), torch.randn(4, 3, 64, 64)
     exact = model(x)
     with torch.autocast("cpu", torch.bfloat16):
@@ -737,7 +737,7 @@ def test_a_model_converted_to_bfloat16_runs_without_autocast(size):
 
 
 def frozen_statistics(model: XCiT) -> XCiT:
-    """Training mode, but BatchNorm does not mix the samples of a batch."""
+    """Set training mode, but with BatchNorm in evaluation so that it does not mix samples."""
     model.train()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -771,7 +771,7 @@ def test_drop_path_is_a_gain_of_zero_or_one_over_the_keep_rate_for_each_branch()
                 gamma.data *= keep / (1 - rate)
         assert gap(twin(x[sample : sample + 1])[0], out[sample]) < 1e-6
         assert gap(twin.forward_features(x[sample : sample + 1])[1][0], patches[sample]) < 1e-6
-    assert 6 < kept < 20  # of 24: both cases were seen
+    assert 6 < kept < 20  # of 24: both cases occur
 
 
 @pytest.mark.parametrize("with_keys", [True, False])
@@ -786,7 +786,7 @@ def test_every_block_keeps_a_branch_at_the_same_rate(with_keys):
     assert gap(keep.double().mean(), np.array(1.0)) < 0.005
 
 
-def test_without_keys_torchs_generator_decides():
+def test_without_keys_torchs_generator_draws_drop_path():
     model, x = frozen_statistics(micro(drop_path_rate=0.5)), torch.randn(4, 3, 24, 24)
     torch.manual_seed(1)
     first, second = model(x), model(x)
@@ -804,7 +804,7 @@ def test_evaluation_drops_nothing():
 
 
 def dropped(factors: torch.Tensor, rate: float) -> tuple[drop_path.Kept, ...]:
-    """As the model hands them to a block of 12 tokens that may leave out samples."""
+    """Build `Kept` for 12 tokens per sample, as the model does for blocks that may skip samples."""
     rows = [(of_branch.nonzero()[:, 0],) for of_branch in factors]
     scale, per_token = 1 / (1 - rate), factors.repeat_interleave(12, dim=1)[:, :, None]
     return tuple(
@@ -813,7 +813,7 @@ def dropped(factors: torch.Tensor, rate: float) -> tuple[drop_path.Kept, ...]:
 
 
 def masked(block: XCABlock, x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    """All samples through all branches; those that drop one are multiplied by 0."""
+    """Run all samples through all branches and multiply dropped branches by 0."""
     of_xca, of_lpi, of_mlp = factors[:, :, None, None]
     x = x + of_xca * block.gamma1 * on_images(block.attn, block.norm1(x), (3, 4))
     x = x + of_lpi * block.gamma3 * on_images(block.local_mp, block.norm3(x), (3, 4))
@@ -821,7 +821,7 @@ def masked(block: XCABlock, x: torch.Tensor, factors: torch.Tensor) -> torch.Ten
 
 
 def block_results(function, block: XCABlock, x: torch.Tensor, autocast: bool = False) -> list:
-    """Output, gradient of the input and gradients of the parameters."""
+    """Return the output and the gradients of input and parameters."""
     block.zero_grad()
     inputs = x.clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, autocast):
@@ -831,7 +831,7 @@ def block_results(function, block: XCABlock, x: torch.Tensor, autocast: bool = F
 
 
 @pytest.mark.parametrize("case", ["some", "all kept", "none kept", "xca dropped", "one kept"])
-def test_leaving_samples_out_of_a_branch_is_multiplying_them_by_zero(case):
+def test_skipping_samples_in_a_branch_equals_multiplying_them_by_zero(case):
     keep = torch.tensor([[1, 1, 0, 1, 0], [0, 1, 1, 1, 1], [1, 0, 1, 1, 1.0]]).double()
     if case == "xca dropped":
         keep[0] = 0
@@ -864,7 +864,7 @@ def test_leaving_samples_out_of_a_branch_is_multiplying_them_by_zero(case):
     assert (ours - theirs).norm() < 0.02 * theirs.norm()
 
 
-def test_a_sample_that_drops_a_branch_is_the_residual_to_the_bit_and_costs_nothing():
+def test_a_sample_that_drops_a_branch_equals_the_residual_to_the_bit_and_costs_nothing():
     block, x = XCABlock(24, 3, 4, 1.0).train(), torch.randn(5, 12, 24)
     keep = torch.tensor([[1, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 1, 1, 0.0]])
     seen = {}
@@ -878,7 +878,7 @@ def test_a_sample_that_drops_a_branch_is_the_residual_to_the_bit_and_costs_nothi
     assert not (out[[0, 2, 3]] == x[[0, 2, 3]]).all(dim=2).any()
 
 
-def test_the_host_knows_who_keeps_a_branch_from_the_draws_of_the_keys():
+def test_with_keys_the_host_knows_which_samples_keep_a_branch():
     rate = 0.4
     model, keys = micro(drop_path_rate=rate).train(), stream(3, 1, torch.arange(7), 2)
     grids, by_grid = (Grid(3, 2, 2), Grid(4, 1, 3)), keys.split((3, 4))
@@ -888,7 +888,7 @@ def test_the_host_knows_who_keeps_a_branch_from_the_draws_of_the_keys():
             of_tokens = torch.cat([keeps[:3].repeat_interleave(4), keeps[3:].repeat_interleave(3)])
             assert torch.equal(kept.factors, of_tokens[:, None] / torch.tensor(1 - rate))
             if branch == 1:
-                assert kept.rows is None  # LPI's BatchNorm sees all samples
+                assert kept.rows is None  # LPI's BatchNorm must see all samples
             else:
                 assert [rows.tolist() for rows in kept.rows] == [
                     [i for i, keep in enumerate(part) if keep] for part in keeps.split((3, 4))
@@ -900,7 +900,7 @@ def test_the_host_knows_who_keeps_a_branch_from_the_draws_of_the_keys():
 
 
 def after_steps(checkpointing: bool, dtype: torch.dtype, autocast: bool = False) -> dict:
-    """Everything after two steps with drop path, each with images of two sizes."""
+    """Return the full state after two steps with drop path and images of two sizes."""
     torch.manual_seed(0)
     model = micro(drop_path_rate=0.4, num_classes=5).to(dtype).train()
     model.activation_checkpointing = checkpointing
@@ -932,7 +932,7 @@ def test_checkpointing_changes_no_bit_of_weights_and_running_statistics(precisio
     assert len(moved) > 0.9 * len(plain)
 
 
-def test_checkpointing_keeps_a_fraction_of_the_activations_between_the_passes():
+def test_checkpointing_saves_only_a_fraction_of_the_activations():
     kept = {}
     for checkpointing in (False, True):
         model = micro(depth=6, drop_path_rate=0.2).train()

@@ -1,1 +1,1 @@
-"""Pretraining by DINO: Caron et al. 2021, Algorithm 1; constants as in facebookresearch/dino."""
+"""DINO pretraining: Caron et al. 2021, Algorithm 1, with the constants of facebookresearch/dino."""

@@ -1,7 +1,7 @@
-"""DINO's Algorithm 1, for one micro-batch: what the teacher says, what the student loses by it.
+"""DINO's Algorithm 1 for one micro-batch: the teacher's targets and the student's loss.
 
-These functions take networks and views and return what they found. They keep nothing and move no
-weight: `update_teacher` (teacher.py) and `DINOLoss.update_center` (loss.py) do, once per step.
+These functions have no state and update no weights. `update_teacher` (teacher.py) and
+`DINOLoss.update_center` (loss.py) do that, once per step.
 """
 
 from collections.abc import Callable
@@ -19,23 +19,23 @@ from ssl_xcit.training.task import keep_gradients
 
 
 class Targets(NamedTuple):
-    """What the teacher says about the global views, view by view."""
+    """The teacher's outputs for the global views, view by view."""
 
-    features: Float[Tensor, "tn d"]  # the backbone's
+    features: Float[Tensor, "tn d"]  # of the backbone
     logits: Float[Tensor, "tn k"]
 
 
 class Views(NamedTuple):
-    """The views that the student sees in one pass."""
+    """The views that go through the student in one pass."""
 
-    crops: list[Float[Tensor, "_v n c _h _w"]]  # one tensor for each size
+    crops: list[Float[Tensor, "_v n c _h _w"]]  # one tensor per crop size
     keys: list[Int[Tensor, "_v n"]] | None  # random streams of drop path
     numbers: range  # 0 and 1 are the global views
-    total: int  # views of an image, those of other passes included
+    total: int  # views per image, over all passes
 
 
 class Settings(NamedTuple):
-    """What a micro-batch is computed with."""
+    """Settings of a micro-batch."""
 
     teacher_temp: float
     precision: str = "fp32"
@@ -44,9 +44,9 @@ class Settings(NamedTuple):
 
 
 class MicroBatch(NamedTuple):
-    """What a micro-batch came to."""
+    """The results of a micro-batch."""
 
-    loss: Float[Tensor, ""]  # the gradient of its last pass is still to be computed
+    loss: Float[Tensor, ""]  # the caller runs the last pass's backward
     teacher_mean: Float[Tensor, " k"]  # of the teacher's logits, for the centre
     health: Float[Tensor, " means"] | None  # see `batch_means`
 
@@ -55,7 +55,7 @@ class MicroBatch(NamedTuple):
 def teacher_step(
     teacher: MultiCropWrapper, global_crops: Float[Tensor, "2 n c h w"], precision: str = "fp32"
 ) -> Targets:
-    """The teacher on both global views."""
+    """Run the teacher on both global views."""
     with autocast(global_crops.device, precision):
         features = teacher.backbone(global_crops.flatten(0, 1))
         return Targets(features, teacher.head(features))
@@ -64,7 +64,7 @@ def teacher_step(
 def student_step(
     student: nn.Module, views: Views, targets: Targets, dino_loss: DINOLoss, settings: Settings
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "vn k"]]:
-    """(these views' part of the loss, the student's logits without a gradient)."""
+    """Run the student; return (the part of the loss due to these views, the detached logits)."""
     with autocast(targets.logits.device, settings.precision):
         logits = student(views.crops, views.keys, settings.last_layer_frozen)
         loss = dino_loss(logits, targets.logits, settings.teacher_temp, views.numbers, views.total)
@@ -81,11 +81,11 @@ def micro_batch(
     backward: Callable[[Float[Tensor, ""]], None] = Tensor.backward,
     with_health: bool = False,
 ) -> MicroBatch:
-    """Teacher and student on the views of n images, the global ones first.
+    """Run teacher and student on the views of n images, global views first.
 
-    With `crops_in_turn` the student takes one size of crop after the other, and `backward` is
-    called with the loss of each but the last: what that pass kept for its gradient is free before
-    the next pass. Those gradients stay on their rank; the caller's last backward pass shares them.
+    With `crops_in_turn` the student processes one crop size at a time. `backward` is called on the
+    loss of each size but the last, which frees that pass's activations before the next pass. These
+    gradients stay on their rank; the caller's last backward pass reduces them over ranks.
     """
     targets = teacher_step(teacher, crops[0], settings.precision)
     *early, last = split_views(crops, keys, settings.crops_in_turn)
@@ -114,7 +114,7 @@ def split_views(
     keys: list[Int[Tensor, "_v n"]] | None,
     in_turn: bool,
 ) -> list[Views]:
-    """The student's passes, in order: one size of crop at a time if `in_turn`, else all at once."""
+    """Split the views into the student's passes: one per crop size if `in_turn`, else one."""
     total = sum(map(len, crops))
     if not in_turn:
         return [Views(crops, keys, range(total), total)]

@@ -1,4 +1,4 @@
-"""The settings of a pretraining; the defaults are those of the DINO paper and its main_dino.py."""
+"""Settings of a pretraining run. The defaults are those of the DINO paper and its main_dino.py."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,11 +51,11 @@ class Crops:
     solarize_prob: float = 0.2
     """Probability of solarisation, second global view."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    """Subtracted from each channel (pixel values in [0, 1])."""
+    """Mean subtracted from each channel (pixel values in [0, 1])."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    """Divides each channel after that."""
+    """Standard deviation by which each channel is then divided."""
     crops_in_turn: bool = False
-    """Global crops go through their backward pass before local ones are looked at: less memory."""
+    """Finish the global crops' backward pass before the local crops' forward pass: less memory."""
 
     def __post_init__(self) -> None:
         check(self, ">= 1", "global_crops_size", "local_crops_size")
@@ -68,7 +68,7 @@ class Crops:
         check_range(self, "global_crops_scale", "local_crops_scale", "blur_sigma")
 
     def view_arguments(self) -> dict[str, options.Value]:
-        """The arguments of `augment.dino_views`: all but what happens to the views."""
+        """Arguments of `data.views.dino_views`: the settings that decide how views are cut."""
         others = ("mean", "std", "crops_in_turn")
         return {k: v for k, v in options.flat(self).items() if k not in others}
 
@@ -82,9 +82,9 @@ class Model:
     in_chans: int = 3
     """Channels of an image."""
     init_from: str = ""
-    """Start from these weights: a full checkpoint (a run's, DINO's) or a backbone of any format."""
+    """Initial weights: a full checkpoint (ours or DINO's) or a backbone in any format."""
     init_parts: Literal["all", "backbone"] = "all"
-    """Of init_from: backbone, head and center as far as it holds them, or the backbone alone."""
+    """Load from init_from the backbone, head and center (if present), or only the backbone."""
 
     def __post_init__(self) -> None:
         check(self, "in [0, 1)", "drop_path_rate")
@@ -96,9 +96,9 @@ class Head:
     """Projection head"""
 
     out_dim: int = 65536
-    """Prototypes: outputs of the head. Fewer (1024 to 16384) suit small data."""
+    """Number of prototypes (outputs of the head). Fewer (1024 to 16384) suit small data."""
     norm_last_layer: bool = True
-    """Keep the last layer's weights at unit norm; false often learns better, less stably."""
+    """Keep the last layer's weights at unit norm; false is often better but less stable."""
     use_bn_in_head: bool = False
     """BatchNorm after the head's hidden layers."""
     head_layers: int = 3
@@ -106,7 +106,7 @@ class Head:
     head_hidden_dim: int = 2048
     """Width of the hidden layers."""
     head_bottleneck_dim: int = 256
-    """Width of the normalised vector that the prototypes are compared with."""
+    """Width of the normalised vector that is compared with the prototypes."""
 
     def __post_init__(self) -> None:
         check(self, ">= 1", "out_dim", "head_layers", "head_hidden_dim", "head_bottleneck_dim")
@@ -123,9 +123,9 @@ class Loss:
     teacher_temp: float = 0.04
     """Softmax temperature of the teacher after its warm-up."""
     warmup_teacher_temp_epochs: int = 0
-    """Epochs over which the teacher's temperature goes from one to the other."""
+    """Epochs of the teacher temperature's warm-up."""
     center_momentum: float = 0.9
-    """Momentum of the centre subtracted from the teacher's logits."""
+    """Momentum of the centre, which is subtracted from the teacher's logits."""
     momentum_teacher: float = 0.996
     """Momentum of the teacher at the start (cosine to 1); 0.9995 suits batches of 256."""
 
@@ -140,7 +140,7 @@ class Optim:
     """Optimisation"""
 
     optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
-    """Which optimiser."""
+    """Optimiser."""
     lr: float = 5e-4
     """Peak learning rate for a global batch of 256; scaled linearly with the global batch."""
     min_lr: float = 1e-6
@@ -152,13 +152,13 @@ class Optim:
     weight_decay_end: float = 0.4
     """Weight decay at the end (cosine)."""
     clip_grad: float = 3.0
-    """Largest gradient norm; 0 = no clipping."""
+    """Maximum gradient norm; 0 = no clipping."""
     clip_mode: Literal["parameter", "global"] = "parameter"
-    """Norm of each parameter tensor (as DINO) or of all of them together."""
+    """Clip by the norm of each parameter tensor (as DINO does) or by the global norm."""
     freeze_last_layer: int = 1
     """Epochs during which the head's last layer stays as initialised."""
     epochs: int = 100
-    """Passes over the images."""
+    """Passes over the training images."""
     batch_size_per_gpu: int = 64
     """Images per rank and micro-batch."""
     accumulation_steps: int = 1
@@ -178,17 +178,17 @@ class Probe:
     every: int = 0
     """Epochs between two probes; 0 = none."""
     probe_train: str = ""
-    """Labelled images that vote: a .beton or a folder of class folders."""
+    """Labelled training images of the k-NN: a .beton or a folder of class folders."""
     probe_test: str = ""
-    """Labelled images that are classified: a .beton or a folder of class folders."""
+    """Labelled test images of the k-NN: a .beton or a folder of class folders."""
     probe_k: int = 20
-    """Neighbours that vote."""
+    """Number of neighbours, k."""
     probe_resize: int = 256
     """Shorter side after resizing, pixels."""
     probe_crop: int = 224
     """Side of the central crop, pixels."""
     probe_limit: int = 10_000
-    """Images of each of the two to look at, at most: a subset drawn by the seed; 0 = all."""
+    """Maximum number of images of each set, a random subset fixed by the seed; 0 = all."""
 
     def __post_init__(self) -> None:
         check(self, ">= 0", "every", "probe_limit")
@@ -199,21 +199,21 @@ class Probe:
             )
         if self.every and not (self.probe_train and self.probe_test):
             raise UserError(
-                f"probe.every is {self.every}, so probe_train and probe_test must name betons"
+                f"probe.every is {self.every}, so probe_train and probe_test must be given"
             )
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Pretrain an XCiT with DINO on the images of a .beton file."""
+    """Pretrain an XCiT with DINO on the images in a .beton file."""
 
     arch: str
     """xcit_SIZE_p16 or xcit_SIZE_p8 with SIZE one of nano_12, tiny_12, tiny_24, small_12, small_24,
-    medium_24, large_24; its recipe in configs/pretrain/ is loaded."""
+    medium_24, large_24; loads its recipe from configs/pretrain/."""
     data: str
-    """The .beton file with the images (ssl-xcit data write makes one)."""
+    """The .beton file with the images (written by ssl-xcit data write)."""
     out: str
-    """The run folder; the same command again continues the run in it."""
+    """Run folder; the same command continues the run in it."""
     seed: int = 0
     """Random seed of the whole run."""
     crops: Crops = field(default_factory=Crops)
@@ -236,15 +236,15 @@ class TrainConfig:
                 )
         if self.crops.crops_in_turn and self.head.use_bn_in_head:
             raise UserError(
-                "head.use_bn_in_head normalises over all views at once, crops.crops_in_turn takes "
-                "them size by size: switch one of them off"
+                "head.use_bn_in_head normalises over all views at once, but crops.crops_in_turn "
+                "processes them size by size: switch one of them off"
             )
 
 
 def read_crops(path: str | Path) -> Crops:
-    """The views of a training with this --config: a recipe, or a run's config.yaml.
+    """Read the view settings from a --config file: a recipe, or a run's config.yaml.
 
-    Nothing else need be in the file. Raises UserError.
+    Other settings may be missing from the file. Raises UserError.
     """
     values = options.read_file(TrainConfig, Path(path))
     values = over_recipes(TrainConfig, ["pretrain/{arch}.yaml"], values)
@@ -256,20 +256,20 @@ IMAGENET = 1_281_167  # training images of ImageNet-1k
 
 @dataclass(frozen=True)
 class PlanConfig(TrainConfig):
-    """Predict the cost of a pretraining. Takes every option of main_dino.py, and the machine's."""
+    """Predict the cost of a pretraining run. Takes main_dino.py's options and the machine's."""
 
     data: str = ""
-    """Not needed: --images says how many images there are."""
+    """Not used: --images gives the number of images."""
     out: str = ""
-    """Not needed: nothing is written."""
+    """Not used: nothing is written."""
     gpus: int = 8
-    """Ranks."""
+    """Number of GPUs (ranks)."""
     images: int = IMAGENET
-    """Training images; by default ImageNet-1k's."""
+    """Number of training images (default: ImageNet-1k)."""
     tflops: float = 312.0
-    """Of one GPU at its peak in the precision of the run, 10^12 FLOP/s (A100, dense bf16: 312)."""
+    """Peak 10^12 FLOP/s of one GPU in the precision of the run (A100, dense bf16: 312)."""
     utilisation: float = 0.3
-    """Share of the peak that the training reaches: an assumption until you have measured it."""
+    """Fraction of the peak that training reaches: an assumption until you measure it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

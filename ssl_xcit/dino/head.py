@@ -14,10 +14,10 @@ from ssl_xcit.operators.prototypes import WeightNormLinear
 class DINOHead(nn.Module):
     """Projection head: an MLP to `bottleneck_dim`, L2 normalisation, weight-normed prototypes.
 
-    `nlayers` Linear layers with `hidden_dim` between them, each but the last followed by
-    [BatchNorm1d] and GELU; a single Linear, called `mlp`, when `nlayers` is 1. With
-    `norm_last_layer` the norms `weight_g` of the prototypes stay 1; without, they are trained,
-    which is better and less stable. Keys: `mlp.{0,2,4}` (`mlp.{0,3,6}` with BatchNorm between),
+    The MLP has `nlayers` Linear layers of width `hidden_dim`; all but the last are followed by
+    BatchNorm1d (if `use_bn`) and GELU. With `nlayers` = 1, `mlp` is a single Linear. With
+    `norm_last_layer` the norms `weight_g` of the prototypes stay 1; otherwise they are trained,
+    which is better but less stable. Keys: `mlp.{0,2,4}` (`mlp.{0,3,6}` with BatchNorm),
     `last_layer.weight_{g,v}`.
     """
 
@@ -43,8 +43,8 @@ class DINOHead(nn.Module):
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim, not norm_last_layer)
 
     def forward(self, x: Float[Tensor, "b d"], frozen: bool = False) -> Float[Tensor, "b k"]:
-        """Logits of the `out_dim` prototypes; `frozen`: without a gradient of the prototypes."""
+        """Return the logits of the prototypes; `frozen`: compute no gradient for the prototypes."""
         x = self.mlp(x)
-        # in float32 at least: half precision would round the unit sphere coarsely
+        # At least float32: half precision would round the unit sphere coarsely.
         x = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
         return self.last_layer(x, frozen)

@@ -1,8 +1,8 @@
-"""Is it learning or collapsing? The numbers that tell; `ssl_xcit.dino.verdict` says it in words.
+"""Metrics that show whether a run learns or collapses; `ssl_xcit.dino.verdict` interprets them.
 
-All but `rankme` follow from means over images, `batch_means`. Averaged over micro-batches and ranks
-these are the means of the global batch, so `health` does not depend on how that was split. Nothing
-here waits for the device, and nothing is computed in a step that is not logged.
+All but `rankme` follow from the means over images in `batch_means`. Averaged over micro-batches and
+ranks, these are the means of the global batch, so `health` does not depend on how the batch was
+split. Nothing here synchronises with the device, and only logged steps compute it.
 """
 
 import math
@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Real
 from torch import Tensor
 
-SCALARS = 4  # of `batch_means`: 1, loss, teacher entropy, student entropy
-BLOCK_ROWS = 4096  # of features that are in float64 at once
+SCALARS = 4  # in `batch_means`: 1, loss, teacher entropy, student entropy
+BLOCK_ROWS = 4096  # rows of features converted to float64 at a time
 
 
 def means_size(k: int, d: int) -> int:
-    """Numbers in `batch_means` of `k` prototypes and features of `d` dimensions."""
+    """Length of `batch_means` for `k` prototypes and `d`-dimensional features."""
     return SCALARS + k + 2 * d
 
 
@@ -31,15 +31,14 @@ def batch_means(
     center: Float[Tensor, "1 k"],
     temperatures: tuple[float, float],
 ) -> Float[Tensor, " means"]:
-    """What `health` needs of a micro-batch: means over images and views.
+    """Return the means over images and views of a micro-batch that `health` needs.
 
     `means_size` numbers, in this order: 1; the loss; the mean entropies of the teacher's
-    distributions q and of the student's p, in nats; the mean of q (k); the mean of the features of
-    length 1 (d); the mean of their squares (d).
+    distributions q and of the student's p, in nats; the mean of q (k); the mean of the
+    L2-normalised features (d); the mean of their squares (d).
 
-    Logits come view by view and are looked at one by one, which bounds the memory. `center`: the
-    one that the loss used. `temperatures`: the student's, the teacher's. `teacher_features`: the
-    backbone's.
+    Logits are passed and processed view by view, which bounds the memory. `center` is the one that
+    the loss used, `temperatures` are (student, teacher), `teacher_features` come from the backbone.
     """
     student_temp, teacher_temp = temperatures
     student = [_mean_distribution(logits, student_temp)[0] for logits in student_logits]
@@ -56,19 +55,21 @@ def batch_means(
 def health(
     means: Float[Tensor, " means"], center: Float[Tensor, "1 k"], images: int
 ) -> dict[str, Float[Tensor, ""]]:
-    """The numbers of the log, from the `batch_means` of a step over `images` images.
+    """Return the health metrics of a step over `images` images from its `batch_means`.
 
-    teacher_entropy, student_entropy: mean over views and images, nats. 0: each image has one
-        prototype; ln k: all k are alike to it.
-    kl: the loss is the teacher's entropy and this, the mean of KL(q | p), nats.
-    center_norm: length of the centre.
-    prototypes: exp(entropy of the mean of q), the number of prototypes that share the batch, if
-        all had equal shares. 1: it has only one; k: all.
-    prototypes_used: the same as a share of what the batch could need, min(k, images); at most 1.
-    feature_std: standard deviation of the teacher's features of length 1, mean over dimensions,
-        over 1 / sqrt(d). 1: spread evenly over the sphere; 0: the same for all images.
+    teacher_entropy, student_entropy: mean over views and images, nats. 0: each image selects one
+        prototype; ln k: uniform over all k.
+    kl: mean of KL(q | p), nats. The loss is the teacher's entropy plus this.
+    center_norm: L2 norm of the centre.
+    prototypes: exp(entropy of the mean of q), the effective number of prototypes in the batch.
+        1: the batch uses a single one; k: it uses all equally.
+    prototypes_used: the same, relative to the most that the batch could use, min(k, images); at
+        most 1.
+    feature_std: standard deviation of the teacher's L2-normalised features, averaged over
+        dimensions, relative to 1 / sqrt(d). 1: spread evenly over the sphere; 0: equal for all
+        images.
 
-    All are NaN where `means` are zeros (a step that was skipped), but the length of the centre.
+    All but center_norm are NaN if `means` are zeros (a skipped step).
     """
     k = center.size(1)
     d = (len(means) - SCALARS - k) // 2
@@ -89,12 +90,12 @@ def health(
 
 @torch.no_grad()
 def rankme(features: Real[Tensor, "n d"]) -> Float[Tensor, ""]:
-    """Effective rank: exp of the entropy of the singular values as shares of their sum.
+    """Effective rank: exp of the entropy of the singular values, normalised to sum to 1.
 
-    Garrido et al. 2023, "RankMe" (arXiv:2210.02885, eq. 4; without its 1e-7, which keeps log 0
-    away). Between 1 and min(n, d): so many directions does the cloud of features have, if all were
-    of equal length. In float64; the singular values are the roots of the eigenvalues of the d x d
-    matrix of inner products, so a far smaller one than 1e-8 of the largest is rounding.
+    Garrido et al. 2023, "RankMe" (arXiv:2210.02885, eq. 4, without its 1e-7, which only avoids
+    log 0). It lies between 1 and min(n, d). Computed in float64. The singular values are square
+    roots of the eigenvalues of the d x d Gram matrix, so those far below 1e-8 of the largest are
+    rounding errors.
     """
     d = features.size(1)
     gram = torch.zeros(d, d, dtype=torch.float64, device=features.device)
@@ -107,13 +108,13 @@ def rankme(features: Real[Tensor, "n d"]) -> Float[Tensor, ""]:
 def _mean_distribution(
     logits: Float[Tensor, "n k"], temperature: float
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " k"]]:
-    """Mean entropy, and mean, of the rows' distributions softmax(logits / temperature)."""
+    """Mean entropy and mean of the rows' distributions softmax(logits / temperature)."""
     log_probs = torch.log_softmax(_wide(logits) / temperature, dim=1)
     probs = log_probs.exp()
-    # Not as a product of matrices, which autocast would round
+    # A matrix product would be rounded by autocast; dot is not.
     return -torch.dot(probs.flatten(), log_probs.flatten()) / len(logits), probs.mean(0)
 
 
 def _wide(tensor: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """At least float32."""
+    """Convert to at least float32."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""Pretraining that starts from weights: `--init_from FILE`."""
+"""Start a pretraining from existing weights: `--init_from FILE`."""
 
 from pathlib import Path
 from typing import Literal
@@ -53,15 +53,15 @@ def init_from(
 
 
 def _fit(module: nn.Module, state: StateDict, what: str) -> None:
-    """Load `state`, whose names and shapes must be the module's."""
+    """Load `state`, whose names and shapes must match the module's."""
     own = module.state_dict()
     missing, unknown = own.keys() - state.keys(), state.keys() - own.keys()
     shapes = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
     if missing or unknown or shapes:
-        wrong = {"lacks": missing, "has besides": unknown, "has other shapes of": shapes}
+        wrong = {"lacks": missing, "has extra": unknown, "has other shapes of": shapes}
         reasons = "; ".join(f"{verb} {listing(keys)}" for verb, keys in wrong.items() if keys)
         raise UserError(
-            f"{what} does not fit this run ({reasons}): give the settings it was trained with, or "
-            "--init_parts backbone for its backbone alone"
+            f"{what} does not fit this run ({reasons}): use the settings it was trained with, or "
+            "--init_parts backbone to load only its backbone"
         )
     module.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""The loss with its centre."""
+"""The DINO loss and its centre."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -7,10 +7,10 @@ from torch.autograd.function import once_differentiable
 
 
 class DINOLoss(nn.Module):
-    """Cross entropy between teacher and student distributions of different views of an image.
+    """Cross-entropy between teacher and student distributions of different views of an image.
 
-    The buffer `center` (1, K) is the running mean of the teacher's logits that is subtracted from
-    them; it starts at 0 and is the loss's only state.
+    The buffer `center` (1, K) is the running mean of the teacher's logits, which is subtracted from
+    them. It starts at 0 and is the loss's only state.
     """
 
     def __init__(
@@ -29,19 +29,19 @@ class DINOLoss(nn.Module):
         views: range | None = None,
         total: int | None = None,
     ) -> Float[Tensor, ""]:
-        """The loss, with the centre as it is: move it afterwards by `update_center`.
+        """Compute the loss with the present centre; call `update_center` afterwards.
 
-        Both logits are view-major; views 0 and 1 are the global ones, seen by both networks. The
-        student's are of all V views, or of some `views` (0 and 1 both or neither) of `total`: then
-        it is their part of the sum.
+        Logits are ordered view by view. Views 0 and 1 are the global views, which both networks
+        see. The student logits cover all V views, or only the `views` out of `total` (0 and 1 both
+        or neither); the result is then the part of the sum due to these views.
 
             for each sample b, each teacher view t in (0, 1), each student view v != t:
                 q = softmax((teacher_logits[t, b] - center) / teacher_temp)
                 p = softmax(student_logits[v, b] / student_temp)
                 loss += -sum_k q[k] log p[k] / (n (2 V - 2))
 
-        No gradient flows to the teacher. Computed and returned in float32 under autocast too
-        (float64 from float64 logits). Starts near ln K; stuck there, the outputs are uniform.
+        No gradient flows to the teacher. The loss is float32, under autocast too (float64 for
+        float64 logits). It starts near ln K; if it stays there, the outputs are uniform.
         """
         n, remainder = divmod(len(teacher_logits), 2)
         views = range(len(student_logits) // n) if views is None else views
@@ -56,10 +56,10 @@ class DINOLoss(nn.Module):
     def update_center(
         self, teacher_logits_mean: Float[Tensor, "1 k"], skip: Bool[Tensor, ""] | None = None
     ) -> None:
-        """center = m center + (1 - m) mean, once per step and after the step's losses.
+        """Set center = m center + (1 - m) mean; call it once per step, after the step's losses.
 
         `teacher_logits_mean`: mean of the teacher's raw logits over both global views, all
-        micro-batches and all ranks; the caller averages. Where `skip` is true nothing changes.
+        micro-batches and all ranks; the caller averages. Nothing changes if `skip` is true.
         """
         moved = self.center.lerp(
             teacher_logits_mean.to(self.center.dtype), 1 - self.center_momentum
@@ -68,11 +68,11 @@ class DINOLoss(nn.Module):
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """The mean over pairs of different views of -<q, log p>, its gradient made on the way.
+    """Mean of -<q, log p> over pairs of different views, with its gradient computed on the way.
 
-    View by view, so that what is between the logits and the gradient stays in a CPU's cache:
-    sum_k q_k = 1 makes the derivative of a view's terms by its logits (w p - q) / T, where q is the
-    sum of the w targets that the view is compared with, 1 for a global and 2 for a local one.
+    It works view by view so that intermediate results stay in a CPU's cache. As sum_k q_k = 1, the
+    derivative of a view's terms with respect to its logits is (w p - q) / T, where q is the sum of
+    the w targets that the view is compared with: w = 1 for a global view, 2 for a local one.
     """
 
     @staticmethod
@@ -115,5 +115,5 @@ class _CrossEntropy(torch.autograd.Function):
 def teacher_probs(
     teacher_logits: Float[Tensor, "b k"], center: Float[Tensor, "1 k"], teacher_temp: float
 ) -> Float[Tensor, "b k"]:
-    """softmax((logits - center) / teacher_temp): centring and sharpening, in float32 at least."""
+    """softmax((logits - center) / teacher_temp), in at least float32: centring and sharpening."""
     return torch.softmax((teacher_logits - center) / teacher_temp, dim=-1)

@@ -45,7 +45,7 @@ class TrainingMemory(NamedTuple):
 
     @property
     def resident(self) -> int:
-        """What stays."""
+        """Bytes that stay allocated between steps."""
         return sum(self[:6])
 
     @property

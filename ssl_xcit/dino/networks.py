@@ -1,4 +1,4 @@
-"""The networks of a pretraining, as its configuration says."""
+"""The networks of a pretraining run."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from ssl_xcit.models.xcit import build_xcit
 
 
 class MultiCropWrapper(nn.Module):
-    """Backbone and head over views of several resolutions."""
+    """Applies backbone and head to views of several resolutions."""
 
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
@@ -24,13 +24,13 @@ class MultiCropWrapper(nn.Module):
         keys: Sequence[Int[Tensor, "_v n"]] | None = None,
         last_layer_frozen: bool = False,
     ) -> Float[Tensor, "m k"]:
-        """Logits of all views, view by view: the n samples of view 0, then those of view 1, ...
+        """Return the logits of all views: the n samples of view 0, then those of view 1, ...
 
         Each entry of `crops` holds the views of one resolution. The backbone gets all of them in
-        one call, as a list of batches of images, and the head sees all views at once. An entry
-        without views (no local crops) is skipped. `keys` are the random streams of the samples'
-        drop path, one per view and sample; without them the backbone draws from torch's generator.
-        `last_layer_frozen`: no gradient of the prototypes is computed.
+        one call, as a list of image batches, and the head gets all views at once. An entry without
+        views (no local crops) is skipped. `keys` are the random streams of drop path, one per view
+        and sample; without them the backbone draws from torch's generator. `last_layer_frozen`:
+        compute no gradient for the prototypes.
         """
         images = [views.flatten(0, 1) for views in crops if len(views)]  # (v n, c, h, w)
         extra = {}
@@ -42,7 +42,7 @@ class MultiCropWrapper(nn.Module):
 
 
 def dino_network(config: TrainConfig) -> MultiCropWrapper:
-    """Backbone and head, freshly initialised from torch's generator, in training mode."""
+    """Build backbone and head, initialised from torch's generator, in training mode."""
     backbone = build_xcit(
         config.arch,
         num_classes=0,

@@ -1,4 +1,4 @@
-"""Cost of a pretraining on a given machine: operations, memory, steps and hours.
+"""Cost of a pretraining run on a given machine: FLOPs, memory, steps and hours.
 
 A multiply-add counts as two FLOPs. The backward pass costs each product of the forward pass twice,
 once for the gradient of each factor, except that images and Fourier features need no gradient.
@@ -39,7 +39,7 @@ class StepFlops(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a pretraining costs."""
+    """Cost of a pretraining run."""
 
     backbone_parameters: int
     head_parameters: int
@@ -119,7 +119,7 @@ def _repeated(backbone: XCiT, side: int) -> int:
 
 
 def print_plan(config: PlanConfig) -> None:
-    """The plan as text."""
+    """Print the plan."""
     print(describe_plan(config, plan_training(config)))
 
 
@@ -161,8 +161,8 @@ def describe_plan(config: PlanConfig, plan: Plan) -> str:
         f"  {'at the peak':<28}{_megabytes(memory.peak)}",
         "  not counted: CUDA itself, NCCL, scratch memory of operators, fragmentation",
         "",
-        f"{optim.epochs} epochs x {plan.steps_per_epoch:,} steps = {plan.steps:,} steps of "
-        f"{config.images:,} images an epoch",
+        f"{optim.epochs} epochs x {plan.steps_per_epoch:,} steps = {plan.steps:,} steps, "
+        f"{config.images:,} images per epoch",
         f"at {config.utilisation:.0%} of {config.tflops:g} TFLOP/s: {plan.images_per_second:,.0f} "
         f"images/s, {plan.hours:,.1f} hours, {config.gpus * plan.hours:,.0f} GPU hours",
         "the utilisation is an assumption; the log of a training has the measured images/s",

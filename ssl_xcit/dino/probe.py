@@ -1,4 +1,4 @@
-"""k-NN of the teacher while it trains, and the rank of its features."""
+"""k-NN accuracy of the teacher during training, and the effective rank of its features."""
 
 from collections.abc import Callable, Iterable
 
@@ -19,10 +19,10 @@ KINDS = ("cls", "patch")
 
 
 class Probe:
-    """k-NN of the teacher on a held-out set, in the training process.
+    """k-NN evaluation of the teacher on a held-out set, within the training process.
 
-    It reads and changes nothing of the training's state. Of each set it looks at `probe_limit`
-    images at most, always the same ones.
+    It does not change the training state. It uses at most `probe_limit` images of each set, always
+    the same ones.
     """
 
     def __init__(self, config: TrainConfig, ranks: Distributed) -> None:
@@ -49,11 +49,11 @@ class Probe:
     def __call__(
         self, backbone: nn.Module, wrap: Callable[[Iterable], Iterable] = lambda loader: loader
     ) -> dict[str, float]:
-        """Numbers for the log; the loaders' batches come through `wrap`. All ranks call it.
+        """Return the numbers for the log; `wrap` wraps the loaders. All ranks must call it.
 
-        probe/top1_cls, probe/top1_patch: top-1 in percent by each kind of feature. health/rankme:
-        the effective rank of the voting images' cls tokens; health/rankme_share: over the largest
-        that it could be, min(images, dimensions).
+        probe/top1_cls, probe/top1_patch: top-1 in percent with each kind of feature. health/rankme:
+        the effective rank of the training images' cls tokens. health/rankme_share: the same,
+        relative to its maximum min(images, dimensions).
         """
         precision, device = self.config.run.precision, self.ranks.device
         train, test = (
@@ -70,7 +70,7 @@ class Probe:
 
 
 def some_images(size: int, limit: int, seed: int) -> Int64[np.ndarray, " n"]:
-    """`limit` of the numbers 0 .. size - 1, sorted, drawn by `seed`; all of them if limit is 0."""
+    """`limit` sorted indices drawn from range(size) with `seed`; all of them if `limit` is 0."""
     if limit == 0 or limit >= size:
         return np.arange(size)
     return np.sort(np.random.default_rng(seed).choice(size, limit, replace=False))

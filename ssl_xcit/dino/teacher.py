@@ -1,4 +1,4 @@
-"""The teacher's update."""
+"""The EMA update of the teacher."""
 
 import torch
 from jaxtyping import Bool
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 def update_teacher(
     student: nn.Module, teacher: nn.Module, momentum: float, skip: Bool[Tensor, ""] | None = None
 ) -> None:
-    """teacher = momentum teacher + (1 - momentum) student, over parameters, in place.
+    """Set teacher = momentum teacher + (1 - momentum) student for all parameters, in place.
 
-    Buffers are left alone, as in DINO: the teacher runs in train mode, normalises by its own
-    batches and keeps its own BatchNorm statistics, of global views only. Where `skip` is true
-    nothing changes; a GPU is not waited for.
+    Buffers are not updated, as in DINO: the teacher runs in train mode, normalises with its own
+    batches and keeps its own BatchNorm statistics, of global views only. Nothing changes if `skip`
+    is true; on a GPU this needs no synchronisation.
     """
     ours, theirs = list(teacher.parameters()), list(student.parameters())
     assert len(ours) == len(theirs)

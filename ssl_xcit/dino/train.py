@@ -1,4 +1,4 @@
-"""Pretraining: `train(config)`, and the task it gives to the engine, DINO's Algorithm 1."""
+"""Pretraining: `train(config)` and the DINO task that the engine runs."""
 
 import copy
 import time
@@ -39,14 +39,14 @@ from ssl_xcit.training.task import (
 
 
 def train(config: TrainConfig) -> dict:
-    """Pretrain as `config` says, in the run folder `config.out`, and return the last logged row.
+    """Pretrain with `config` in the run folder `config.out`; return the last logged row.
 
-    Order of precedence for the weights: 1. the newest complete checkpoint in the run folder;
+    The weights come from, in this order: 1. the newest complete checkpoint in the run folder;
     2. `init_from`; 3. random initialisation from `config.seed`.
 
-    Raises UserError for what the user can mend: a wrong architecture, a missing or broken beton,
-    a run folder that cannot be written or belongs to another configuration, too little memory,
-    a loss that is no longer finite.
+    Raises UserError for what the user can fix: a wrong architecture, a missing or broken beton, a
+    run folder that is not writable or belongs to another configuration, too little memory, a loss
+    that is no longer finite.
     """
     ranks = distributed.setup(config.run.device)
     try:
@@ -58,9 +58,9 @@ def train(config: TrainConfig) -> dict:
 
 
 def memory_advice(config: TrainConfig) -> out_of_memory_advice:
-    """Around a pretraining: what to change when its memory runs out."""
+    """Context of a pretraining that says which options to change if memory runs out."""
     crops = config.crops
-    # It is of no use without local crops, and refused with BatchNorm in the head
+    # crops_in_turn needs local crops and excludes BatchNorm in the head.
     spares = crops.local_crops_number and not config.head.use_bn_in_head
     savers = ["--crops_in_turn true"] if spares and not crops.crops_in_turn else []
     local = f"--local_crops_number {crops.local_crops_number}"
@@ -68,22 +68,22 @@ def memory_advice(config: TrainConfig) -> out_of_memory_advice:
 
 
 class Pretraining(Task):
-    """A student that learns from its own moving average, the teacher.
+    """A student that learns from a teacher, its own exponential moving average.
 
-    `model` is the student, in DistributedDataParallel when there are several ranks.
+    `model` is the student, wrapped in DistributedDataParallel if there are several ranks.
     """
 
     kind = "pretraining"
 
     def __init__(self, config: TrainConfig, ranks: Distributed) -> None:
-        """Networks, loss, optimiser and loader of a run, from scratch."""
+        """Build networks, loss, optimiser and loader from scratch."""
         self.configure(config, ranks)
         config = self.config
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         student = share_batch_statistics(dino_network(config), ranks, config.run.sync_bn)
         # The teacher starts as a copy. It stays in train mode for the whole run: its BatchNorm
-        # layers normalise by the statistics of the global views and keep running statistics of
-        # their own. Drop path is the student's alone.
+        # layers normalise with the batch statistics of the global views and keep their own running
+        # statistics. Only the student has drop path.
         teacher = copy.deepcopy(student).requires_grad_(False)
         teacher.backbone.drop_path_rate = 0.0
         student.backbone.activation_checkpointing = config.run.activation_checkpointing
@@ -101,7 +101,7 @@ class Pretraining(Task):
         self.probe = Probe(config, ranks) if config.probe.every else None
 
     def warm_up(self) -> list[str]:
-        """Compile, if that is wanted, before the first step and not in it."""
+        """Compile before the first step, if the configuration asks for it."""
         config, start = self.config, time.monotonic()
         if not config.run.compile:
             return []
@@ -116,10 +116,10 @@ class Pretraining(Task):
         self.loss((*batch, torch.arange(n)), 0, 0, self.hyperparameters(0)).loss.backward()
         self.optimizer.zero_grad(set_to_none=True)
         statistics.restore(torch.tensor(True, device=self.ranks.device))
-        return [f"compiled for its sizes of crops in {time.monotonic() - start:.0f} s"]
+        return [f"compiled for all crop sizes in {time.monotonic() - start:.0f} s"]
 
     def initialise(self) -> list[str]:
-        """Start from `init_from`, if there is one."""
+        """Load the weights of `init_from`, if given."""
         model = self.config.model
         if not model.init_from:
             return []
@@ -127,7 +127,7 @@ class Pretraining(Task):
         return init_from(model.init_from, self.config.arch, model.init_parts, *networks)
 
     def hyperparameters(self, step: int) -> dict[str, float]:
-        """What the schedules say at `step`."""
+        """Values of the schedules at `step`."""
         optim, loss = self.config.optim, self.config.loss
         per_epoch, total = self.steps_per_epoch, self.total_steps
         peak, warmup = schedules.scaled_lr(optim.lr, self.global_batch), optim.warmup_epochs
@@ -150,7 +150,7 @@ class Pretraining(Task):
     def loss(
         self, batch: tuple[Tensor, ...], step: int, micro: int, now: dict[str, float]
     ) -> StepLoss:
-        """DINO's loss of a micro-batch, the mean of the teacher's logits, and health if due."""
+        """DINO loss of a micro-batch, mean of the teacher's logits, and health means if due."""
         config, (global_crops, local_crops, indices) = self.config, batch
         mean, std = config.crops.mean, config.crops.std
         crops = [self.on_device(crop, mean, std) for crop in (global_crops, local_crops)]
@@ -178,50 +178,50 @@ class Pretraining(Task):
         return StepLoss(found.loss, means)
 
     def _last_layer_is_frozen(self, step: int) -> bool:
-        """In the first epoch(s) the prototypes stay as they are."""
+        """Whether the prototypes are frozen at `step` (in the first epochs)."""
         epoch = step // self.steps_per_epoch
         return schedules.last_layer_frozen(epoch, self.config.optim.freeze_last_layer)
 
     def before_update(self, step: int) -> None:
-        """Frozen prototypes stay as they are, weight decay included."""
+        """Keep frozen prototypes unchanged, also by weight decay."""
         if self._last_layer_is_frozen(step):
             freeze_last_layer(self.bare_model)
 
     def after_update(
         self, now: dict[str, float], means: Float[Tensor, " m"], bad: Bool[Tensor, ""]
     ) -> None:
-        """The teacher and the centre move, once per step whatever the accumulation."""
+        """Update the teacher and the centre, once per step regardless of the accumulation."""
         update_teacher(self.bare_model, self.teacher, now["momentum_teacher"], skip=bad)
         k = self.dino_loss.center.numel()
         self.dino_loss.update_center(means[None, :k], skip=bad)
-        if len(means) > k:  # zeros, not NaN: a checkpoint holds them
+        if len(means) > k:  # zeros, not NaN, because checkpoints store them
             self.health_means.copy_(torch.where(bad, 0.0, means[k:]))
         if not self.config.run.sync_bn:
             distributed.all_reduce_buffers(self.modules())
 
     def evaluates(self, epoch: int) -> bool:
-        """Whether the probe is due."""
+        """Whether the probe is due after `epoch`."""
         return self.probe is not None and (epoch + 1) % self.config.probe.every == 0
 
     def evaluate(self, check: Callable[[], None]) -> dict[str, float]:
-        """k-NN of the teacher."""
+        """Run the k-NN probe on the teacher."""
         return self.probe(self.teacher.backbone, lambda loader: Checked(loader, check))
 
     def health(self) -> dict[str, float]:
-        """See `diagnostics.health`."""
+        """Health metrics of the last recorded step, see `dino.health`."""
         found = health(self.health_means, self.dino_loss.center, self.global_batch)
         return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
 
     def recent(self, rows: list[dict]) -> list[dict]:
-        """See `ssl_xcit.dino.verdict`."""
+        """Rows that a later verdict needs, see `dino.verdict`."""
         return recent(rows)
 
     def verdict(self, rows: list[dict]) -> Verdict:
-        """See `ssl_xcit.dino.verdict`."""
+        """Verdict on the recent rows, see `dino.verdict`."""
         return verdict(rows, self.config)
 
     def counters(self) -> StateDict:
-        """The log's, and what the health of the last recorded step needs."""
+        """Counters of the log, and the health means of the last recorded step."""
         return super().counters() | {"health": self.health_means}
 
     def modules(self) -> list[nn.Module]:
@@ -240,7 +240,7 @@ class Pretraining(Task):
         self.dino_loss.load_state_dict(tensors["loss"])
 
     def summary(self) -> str:
-        """What is about to happen, in one line."""
+        """Describe the run in one line."""
         config = self.config
         size = sum(p.numel() for p in self.bare_model.backbone.parameters()) / 1e6
         return (
@@ -253,10 +253,10 @@ class Pretraining(Task):
 def drop_path_keys(
     config: TrainConfig, epoch: int, indices: Int[Tensor, " n"], crops: list[Tensor]
 ) -> list[Int[Tensor, "v n"]] | None:
-    """One random stream per (sample, view), independent of rank, micro-batch and history.
+    """Random streams of drop path, one per (sample, view).
 
-    They stay on the host, which then knows which samples to leave out of a branch's work; a
-    compiled graph leaves out none.
+    They do not depend on rank, micro-batch or history. They stay on the host, so that the host
+    knows which samples skip a branch; a compiled graph skips none and takes them on the device.
     """
     if config.model.drop_path_rate == 0:
         return None
@@ -271,7 +271,7 @@ def drop_path_keys(
 
 
 def _loader(config: TrainConfig, ranks: Distributed) -> MultiCropLoader:
-    """Batches of this rank."""
+    """Build the loader of this rank's batches."""
     crops, in_chans = config.crops, config.model.in_chans
     beton = Beton(config.data)
     if beton.channels != in_chans:
@@ -288,8 +288,8 @@ def _loader(config: TrainConfig, ranks: Distributed) -> MultiCropLoader:
         world_size=ranks.world_size,
         accumulation_steps=config.optim.accumulation_steps,
         num_threads=config.run.num_workers,
-        # On the CPU the loader's own store pass normalises for less than a torch pass would;
-        # for a GPU, bytes are a quarter of the traffic.
+        # On the CPU the loader normalises while it stores, which is cheaper than a pass by torch.
+        # A GPU gets bytes, a quarter of the traffic.
         dtype=torch.float32 if ranks.device.type == "cpu" else torch.uint8,
         mean=crops.mean,
         std=crops.std,

@@ -1,1 +1,1 @@
-"""XCiT, as in the paper."""
+"""The XCiT architecture."""

@@ -11,14 +11,15 @@ from ssl_xcit.models.layers import MLP
 class ClassAttention(nn.Module):
     """Attention whose only query is the cls token (CaiT, section 3.2); softmax in float32 or more.
 
-    With one query per head, projecting it back through the key matrix (and the weighted mean of the
-    tokens through the value matrix) gives what projecting every token to keys and values would:
+    With a single query per head there is no need to project every token to a key and a value.
+    Projecting the query through the key matrix, and the weighted mean of the tokens through the
+    value matrix, gives the same result without an n x d x d product:
 
         q^T (W_k x_n + b_k)       = (W_k^T q)^T x_n + constant
         sum_n a_n (W_v x_n + b_v) = W_v (sum_n a_n x_n) + b_v
 
-    so no n x d x d product remains. The constant, all that b_k does, is lost in the softmax and is
-    left out; b_k stays, unused, as a third of `qkv.bias`, because the official files have it.
+    The constant is the only effect of b_k and cancels in the softmax, so it is omitted. b_k stays
+    as an unused third of `qkv.bias`, because the official checkpoints contain it.
     """
 
     def __init__(self, embed_dim: int, num_heads: int) -> None:
@@ -28,7 +29,7 @@ class ClassAttention(nn.Module):
         self.proj = nn.Linear(embed_dim, embed_dim)
 
     def attention(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b heads n"]:
-        """Weight of every token for the first one, which is the cls token; each row sums to 1."""
+        """Attention weights of the cls token (the first token) over all tokens; rows sum to 1."""
         w_q, w_k, _ = self.qkv.weight.chunk(3)
         q = F.linear(x[:, 0], w_q, self.qkv.bias.chunk(3)[0]).unflatten(1, (self.num_heads, -1))
         q = q * q.shape[2] ** -0.5  # (b, heads, d/heads)
@@ -44,10 +45,10 @@ class ClassAttention(nn.Module):
 
 
 class ClassAttentionBlock(nn.Module):
-    """Class attention and MLP for the cls token; what happens to the patch tokens is a legacy.
+    """Class attention and MLP for the cls token, with the official code's effect on patch tokens.
 
-    In the official code the patch tokens get gamma1 * norm1(x) as a residual, are normalised by
-    norm2 if `tokens_norm`, and doubled by the last residual. Trained weights depend on all of it.
+    There the patch tokens get gamma1 * norm1(x) as a residual, are normalised by norm2 if
+    `tokens_norm`, and are doubled by the last residual. The trained weights depend on this.
     """
 
     def __init__(
@@ -63,13 +64,13 @@ class ClassAttentionBlock(nn.Module):
     def normalise(
         self, cls: Float[Tensor, "b d"], patches: Float[Tensor, "b n d"]
     ) -> Float[Tensor, "b n+1 d"]:
-        """The input of the attention: cls token first, then the patch tokens, after norm1."""
+        """Return the attention's input: norm1 of the cls token, then of the patch tokens."""
         return self.norm1(torch.cat((cls[:, None], patches), dim=1))
 
     def forward(
         self, cls: Float[Tensor, "b d"], patches: Float[Tensor, "b n d"], cls_only: bool = False
     ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b n d"]]:
-        """The new cls and patch tokens; `cls_only` leaves the patch tokens as they came, unused."""
+        """Return the new cls and patch tokens; `cls_only` returns the patch tokens unchanged."""
         normed = self.normalise(cls, patches)
         cls = self.norm2(cls + self.gamma1 * self.attn(normed))
         cls = cls + self.gamma2 * self.mlp(cls)

@@ -1,15 +1,15 @@
-"""Operations of an XCiT for one image, by kind of operator, from the sizes of its own modules.
+"""Operation counts of an XCiT for one image, by kind of operator, from the sizes of its modules.
 
-What papers and model tables call FLOPs counts a multiplication with its addition as one:
+Papers and model tables call these FLOPs and count a multiply-add as one:
 
-    convolution, linear, matrix product   1 for each multiply-add (biases are free)
-    BatchNorm in evaluation, LayerNorm    2 and 5 for each element
-    everything else                       free: softmax, GELU, lengths, residuals, sines
+    convolution, linear, matrix product   1 per multiply-add (biases are free)
+    BatchNorm in evaluation, LayerNorm    2 and 5 per element
+    everything else                       free: softmax, GELU, norms of q and k, residuals, sines
 
-These are fvcore's and mmengine's rules, and the 42 published numbers follow them to the last digit,
-for the backbone without its classifier at batch size 1, with class attention as it is usually
-written: every token projected to a key and a value. That is `conventional`; ours, which projects
-the query instead and stops at the cls token, does less.
+These are the rules of fvcore and mmengine. They reproduce the 42 published numbers exactly, for the
+backbone without its classifier at batch size 1, and with class attention as usually written, which
+projects every token to a key and a value. That is `conventional`. Our implementation projects the
+query instead, and its last block computes only the cls token, so it needs fewer operations.
 """
 
 from typing import NamedTuple
@@ -31,32 +31,32 @@ class Operations(NamedTuple):
 
     @property
     def total(self) -> int:
-        """What tables call FLOPs."""
+        """FLOPs as model tables count them."""
         return sum(self)
 
     @property
     def multiply_adds(self) -> int:
-        """Those of convolutions, linear layers and matrix products: half the hardware's FLOPs."""
+        """Multiply-adds of convolutions, linear layers and matrix products: half the true FLOPs."""
         return self.convolution + self.linear + self.matmul
 
     def plus(self, other: "Operations") -> "Operations":
-        """The sum, kind by kind."""
+        """Add the counts of each kind."""
         return Operations(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
 
 
 def count_operations(
     model: XCiT, height: int, width: int, *, conventional: bool = True, classifier: bool = False
 ) -> Operations:
-    """Operations of one forward for one image of height x width pixels, in evaluation.
+    """Count the operations of a forward pass in evaluation for one image of height x width pixels.
 
-    `conventional`: as in the published tables, see above; without, those that `XCiT.forward` runs.
-    `classifier` adds the model's head. The weights are not looked at, so the model may be on the
-    meta device.
+    `conventional`: count as the published tables do (see above); otherwise count what
+    `XCiT.forward` runs. `classifier` adds the model's head. Only sizes are read, so the model may
+    be on the meta device.
     """
     stem, patches = _stem(model, height, width)
     positions = patches * _size(model.pos_embeder.token_projection)
     if conventional:
-        total = stem.plus(Operations(convolution=positions))  # it is written as a convolution 1x1
+        total = stem.plus(Operations(convolution=positions))  # written as a 1x1 convolution
     else:
         total = stem.plus(Operations(linear=positions))
     for block in model.blocks:
@@ -73,27 +73,27 @@ def count_operations(
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Numbers in all parameters; BatchNorm's running statistics are none."""
+    """Number of parameters, without BatchNorm's running statistics."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def first_convolution(model: XCiT, height: int, width: int) -> int:
-    """Multiply-adds of the first convolution; the gradient of its input, the image, is not made."""
+    """Multiply-adds of the first convolution, whose input (the image) needs no gradient."""
     conv = model.patch_embed.proj[0][0]
     return _halved(height) * _halved(width) * _size(conv)
 
 
 def position_projection(model: XCiT, height: int, width: int) -> int:
-    """Multiply-adds of the positions, which the whole batch shares in our forward.
+    """Multiply-adds of the position projection, done once per batch in our forward pass.
 
-    The gradient of their input, the Fourier features, is not made.
+    Its input, the Fourier features, needs no gradient.
     """
     _, patches = _stem(model, height, width)
     return patches * _size(model.pos_embeder.token_projection)
 
 
 def _stem(model: XCiT, height: int, width: int) -> tuple[Operations, int]:
-    """Operations of the patch embedding, and its number of tokens."""
+    """Return (operations of the patch embedding, number of patch tokens)."""
     total = Operations()
     for layer in model.patch_embed.proj:
         if not isinstance(layer, nn.Sequential):
@@ -120,7 +120,7 @@ def _block(block: nn.Module, patches: int) -> Operations:
 
 
 def _cross_covariance(xca: XCA) -> int:
-    """Per token: the products q k^T and attention times v, each d/heads x d/heads per head."""
+    """Multiply-adds per token of q k^T and attention times v: d/heads x d/heads per head, each."""
     embed_dim = xca.proj.in_features
     return 2 * embed_dim * (embed_dim // xca.num_heads)
 
@@ -141,8 +141,8 @@ def _class_attention(attn: ClassAttention, tokens: int, conventional: bool) -> O
     if conventional:
         linear = (1 + 2 * tokens) * projection + _size(attn.proj)
         return Operations(linear=linear, matmul=2 * tokens * embed_dim)
-    # q, then the query through the key matrix, and the mean token of each head through the value
-    # matrix: one projection each; logits and means are heads x tokens x d.
+    # One projection each for q, for the query through the key matrix, and for the mean token of
+    # each head through the value matrix. Logits and means cost heads x tokens x d each.
     linear = projection + _size(attn.proj)
     return Operations(linear=linear, matmul=2 * projection + 2 * heads * tokens * embed_dim)
 
@@ -152,7 +152,7 @@ def _mlp(mlp: nn.Module) -> int:
 
 
 def _size(layer: nn.Conv2d | nn.Linear) -> int:
-    """Multiply-adds of a linear layer for one row, of a convolution for one output pixel."""
+    """Multiply-adds of a linear layer per row, or of a convolution per output pixel."""
     return layer.weight.numel()
 
 

@@ -1,4 +1,4 @@
-"""Patch embedding, positions and the feed-forward network."""
+"""Patch embedding, positional encoding and MLP."""
 
 import functools
 import itertools
@@ -13,11 +13,11 @@ from ssl_xcit.operators.linear import Linear, gelu_linear
 
 
 def fourier_features(height: int, width: int, device: torch.device) -> Float32[Tensor, "n 64"]:
-    """Sines and cosines of the places of the tokens, row by row ("Attention Is All You Need", 3.5).
+    """Sine and cosine features of token positions, row by row ("Attention Is All You Need", 3.5).
 
-    Each axis runs over (1 .. size) / size * 2 pi, whatever its size, at 16 frequencies
-    10000^(-i/16); sin and cos alternate, 32 features for y, then 32 for x. Always float32, as in
-    the official code, whose weights in float64 expect the float32 numbers, its 1e-6 included.
+    Each axis runs over (1 .. size) / size * 2 pi, at 16 frequencies 10000^(-i/16). Sine and cosine
+    alternate: 32 features for y, then 32 for x. Always float32, including the 1e-6, as in the
+    official code: its weights, even in float64, expect these values.
     """
     steps = torch.arange(16, dtype=torch.float32, device=device).repeat_interleave(2)
     wavelength = 10000.0 ** (2 * steps / 32)
@@ -34,16 +34,16 @@ def fourier_features(height: int, width: int, device: torch.device) -> Float32[T
 
 @functools.lru_cache(maxsize=64)  # bounds the memory when every image has its own size
 def _cached_fourier_features(height: int, width: int, device: torch.device) -> Tensor:
-    # A tensor made in inference mode could never be used in training afterwards.
+    # A tensor created in inference mode could not be used in training later.
     with torch.inference_mode(False):
         return fourier_features(height, width, device)
 
 
 class FourierPositions(nn.Module):
-    """The fixed Fourier features of a grid, brought to the embedding size by a learned projection.
+    """Fixed Fourier features of a grid, mapped to the embedding size by a learned projection.
 
-    The features depend on the grid alone: they are computed once per (height, width, device) in the
-    whole process, and projected once per forward, not once per image.
+    The features depend only on the grid. They are computed once per (height, width, device) and
+    process, and projected once per forward pass instead of once per image.
     """
 
     def __init__(self, embed_dim: int) -> None:
@@ -51,7 +51,7 @@ class FourierPositions(nn.Module):
         self.token_projection = nn.Conv2d(64, embed_dim, kernel_size=1)
 
     def forward(self, height: int, width: int, device: torch.device) -> Float[Tensor, "n d"]:
-        # A compiled graph computes them itself: its memory must not end in a cache outside of it.
+        # A compiled graph computes them itself: its memory must not escape into a cache.
         make = fourier_features if torch.compiler.is_compiling() else _cached_fourier_features
         features = make(height, width, device)
         weight = self.token_projection.weight.flatten(1)
@@ -59,7 +59,7 @@ class FourierPositions(nn.Module):
 
 
 class ConvPatchEmbed(nn.Module):
-    """log2(patch_size) convolutions 3x3 of stride 2, each halving the image (sides rounded up)."""
+    """log2(patch_size) 3x3 convolutions of stride 2, each halving the sides (rounded up)."""
 
     def __init__(self, patch_size: int, embed_dim: int, in_chans: int) -> None:
         super().__init__()

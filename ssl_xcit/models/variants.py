@@ -13,7 +13,7 @@ class Variant(NamedTuple):
     depth: int
     num_heads: int
     eta: float
-    tokens_norm: bool  # in the class-attention blocks norm2 sees all tokens, or the cls token alone
+    tokens_norm: bool  # class-attention blocks: apply norm2 to all tokens, not only the cls token
 
 
 VARIANTS = {
@@ -29,7 +29,7 @@ ARCHITECTURES = tuple(f"{name}_p{patch}" for name in VARIANTS for patch in (16, 
 
 
 def check_arch(arch: str) -> None:
-    """Raise UserError, naming the nearest, unless `arch` is one of ARCHITECTURES."""
+    """Raise UserError, which names the closest matches, unless `arch` is in ARCHITECTURES."""
     if arch not in ARCHITECTURES:
         nearest = difflib.get_close_matches(arch, ARCHITECTURES, n=3, cutoff=0.0)
         raise UserError(

@@ -3,15 +3,15 @@
     image -> convolutional patch embedding + Fourier positions -> depth x XCABlock
           -> 2 x ClassAttentionBlock (CaiT, arXiv:2103.17239) -> LayerNorm -> cls token -> head
 
-Parameter names are those of facebookresearch/xcit, so its files and DINO's backbones load with
-`strict=True`. Tokens are (b, n, d) in memory throughout, n = rows x columns; seen as an image that
-is torch's channels_last layout, so the convolutions among them copy nothing. Those of images of
-several sizes may lie one size after the other in one matrix (t, d), see `tokens`.
+Parameter names are those of facebookresearch/xcit, so its checkpoints and DINO's backbones load
+with `strict=True`. Tokens are always (b, n, d) in memory, n = rows x columns. Viewed as an image,
+this is torch's channels_last layout, so the convolutions on tokens need no copy. The tokens of
+images of several sizes can be concatenated into one matrix (t, d), see `operators.tokens`.
 
-LayerScale's gains scale the weights of a branch's last layer, not its tokens (`takes_gain`), and in
-training a sample that drops a branch (stochastic depth) is left out of the branch's work. Both
-change no number but by rounding. Under autocast branches compute in lower precision; the tokens
-that they are added to, the residual stream, stay float32.
+LayerScale's gains scale the weights of a branch's last layer instead of its tokens (`takes_gain`).
+In training, a sample that drops a branch (stochastic depth) skips its computation. Both change
+results only by rounding. Under autocast the branches compute in lower precision; the residual
+stream stays float32.
 """
 
 import contextlib
@@ -40,16 +40,16 @@ from ssl_xcit.runtime.errors import UserError
 def build_xcit(
     arch: str, *, num_classes: int = 1000, in_chans: int = 3, drop_path_rate: float = 0.0
 ) -> "XCiT":
-    """The model called `arch` in `ARCHITECTURES`, freshly initialised; 0 classes: the backbone.
+    """Build the architecture `arch`, freshly initialised; `num_classes=0` builds the backbone.
 
     Raises:
-        UserError: there is no such architecture (the message names the nearest).
+        UserError: there is no such architecture (the message names the closest match).
     """
     if arch not in ARCHITECTURES:
         nearest = difflib.get_close_matches(arch, ARCHITECTURES, n=1, cutoff=0.0)[0]
         raise UserError(
             f"no architecture is called {arch!r}; did you mean {nearest!r}? "
-            f"There are: {', '.join(ARCHITECTURES)}"
+            f"Choose from: {', '.join(ARCHITECTURES)}"
         )
     name, _, patch_size = arch.rpartition("_p")
     return XCiT(
@@ -62,9 +62,9 @@ def build_xcit(
 
 
 class XCABlock(nn.Module):
-    """XCA, LPI and MLP, each normalised before and added with its own LayerScale gains.
+    """Residual branches XCA, LPI and MLP, each with pre-norm and LayerScale.
 
-    The official code numbers LPI's norm and gains 3 although LPI comes second.
+    The official code numbers LPI's norm and gains 3, although LPI comes second.
     """
 
     def __init__(self, embed_dim: int, num_heads: int, mlp_ratio: int, eta: float) -> None:
@@ -83,7 +83,7 @@ class XCABlock(nn.Module):
         grids: Sequence[Grid],
         kept: tuple[Kept, Kept, Kept] | None = None,
     ) -> Float[Tensor, "t d"]:
-        """The tokens of all `grids`; `kept`: drop path (XCA, LPI, MLP)."""
+        """Apply the branches to the tokens of all `grids`; `kept`: drop path of XCA, LPI, MLP."""
         of_xca, of_lpi, of_mlp = kept or (None, None, None)
         x = add_branch(x, self._xca, grids, of_xca)
         x = add_branch(x, self._lpi, grids, of_lpi)
@@ -101,27 +101,27 @@ class XCABlock(nn.Module):
 
 # The model
 
-TOGETHER_ON_CPU = 2**20  # numbers, see `_fit_together`; measured: +7 % at 0.36 M, -3 % at 2.1 M
+TOGETHER_ON_CPU = 2**20  # elements, see `_fit_together`; speed: +7 % at 0.36 M, -3 % at 2.1 M
 
 
 class XCiT(nn.Module):
-    """The network for images of any size, square or not.
+    """XCiT for images of any size, square or not.
 
     Args:
-        patch_size: 16 or 8, or another power of 2; there is a token for each begun patch.
+        patch_size: 16, 8 or another power of 2; partial patches at the border also get a token.
         embed_dim, depth, num_heads, eta, tokens_norm: see `Variant`.
-        num_classes: size of the linear head; 0: none, the output is the cls token.
+        num_classes: size of the linear head; 0: no head, the output is the cls token.
         in_chans: channels of the image.
-        drop_path_rate: chance that a sample skips a residual branch in training, the same for every
-            block; none in the class-attention blocks.
-        mlp_ratio: hidden size of the MLPs, in embed_dim.
+        drop_path_rate: probability that a sample skips a residual branch in training, the same in
+            every block; the class-attention blocks have no drop path.
+        mlp_ratio: hidden size of the MLPs, as a multiple of embed_dim.
 
     Attributes:
-        activation_checkpointing: keep a block's input only, and compute the block again in the
-            backward pass: less memory, more time, the same numbers.
-        compiled: in training, compile patch embedding and blocks by torch.compile. The blocks are
-            alike, so it compiles one of each kind and not as many as there are.
-        join_sizes: whether images of several sizes share a pass; None: where that is quicker.
+        activation_checkpointing: store only the input of each block and recompute the block in the
+            backward pass: less memory, more time, the same results.
+        compiled: in training, compile patch embedding and blocks with torch.compile. Blocks of one
+            kind share a compiled graph.
+        join_sizes: whether images of several sizes share a pass; None: if that is faster.
     """
 
     activation_checkpointing = compiled = False
@@ -162,11 +162,11 @@ class XCiT(nn.Module):
         x: Float[Tensor, "b c height width"] | Sequence[Float[Tensor, "_b c _height _width"]],
         keys: Int64[Tensor, "b"] | Sequence[Int64[Tensor, " _b"]] | None = None,
     ) -> Float[Tensor, "b out"]:
-        """Logits, or without a head the cls token; in training as in evaluation.
+        """Return the logits, or the cls token if there is no head; in training too.
 
-        `x` may be several batches of images, each of its own size. The results follow one another
-        and are those of a pass for each batch; where that is quicker it is one pass for all.
-        `keys` (see `draws.stream`) fix each sample's drop path; without, torch's generator draws.
+        `x` may be a list of image batches of different sizes. The results are concatenated and
+        equal those of one pass per batch; if that is faster, all batches share a pass. `keys` (see
+        `draws.stream`) fix each sample's drop path; without them, torch's generator draws it.
         """
         tokens = [
             self._run(self.cls_attn_blocks[1], *stage, True)[0]
@@ -177,7 +177,7 @@ class XCiT(nn.Module):
     def forward_features(
         self, x: Float[Tensor, "b c height width"], keys: Int64[Tensor, "b"] | None = None
     ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b n d"]]:
-        """The cls token and the patch tokens (row by row), both after the last LayerNorm."""
+        """Return cls token and patch tokens (row by row), both after the final LayerNorm."""
         (stage,) = self._before_last_block(x, keys)
         cls, patches = self._run(self.cls_attn_blocks[1], *stage)
         return self.norm(cls), self.norm(patches)
@@ -185,7 +185,7 @@ class XCiT(nn.Module):
     def class_attention(self, x: Float[Tensor, "b c height width"]) -> Float[Tensor, "b heads n"]:
         """Attention of the cls token to each patch token (row by row) in the last layer.
 
-        The softmax includes the cls token itself: the map of a head sums to 1 minus that share.
+        The softmax includes the cls token itself, so a head's map sums to 1 minus that weight.
         """
         last = self.cls_attn_blocks[1]
         (stage,) = self._before_last_block(x, None)
@@ -194,10 +194,10 @@ class XCiT(nn.Module):
     def class_attention_inputs(
         self, x: Float[Tensor, "b c height width"]
     ) -> list[tuple[Float[Tensor, "b d"], Float[Tensor, "b n d"]]]:
-        """(cls token, patch tokens) that enter each class-attention layer, and that leave the last.
+        """Return (cls token, patch tokens) before each class-attention layer and after the last.
 
-        All after the last LayerNorm, so the last pair is what `forward_features` returns. The
-        first cls token is the same for every image: no layer has told it of one.
+        The final LayerNorm is applied to all, so the last pair equals `forward_features`. The first
+        cls token is the same for every image, because it has not attended to any patch yet.
         """
         stages = self._before_class_attention(x, None)
         for block in self.cls_attn_blocks:
@@ -213,7 +213,7 @@ class XCiT(nn.Module):
     def _before_class_attention(
         self, x: Tensor | Sequence[Tensor], keys: Tensor | Sequence[Tensor] | None
     ) -> list[tuple[Float[Tensor, "_b d"], Float[Tensor, "_b _n d"]]]:
-        """(cls token, patch tokens) of each batch of images."""
+        """Return (cls token, patch tokens) of each batch of images."""
         if torch.is_tensor(x):
             x, keys = [x], None if keys is None else [keys]
         images = [self._run(self.patch_embed, batch) for batch in x]
@@ -224,11 +224,12 @@ class XCiT(nn.Module):
         return [stage for image, key in pairs for stage in self._through_blocks([image], key)]
 
     def _fit_together(self, images: Sequence[Float[Tensor, "_b d _rows _columns"]]) -> bool:
-        """Whether the tokens of all images go in one matrix, or in a matrix for each size.
+        """Whether the tokens of all sizes go into one matrix instead of one matrix per size.
 
-        On a GPU one is quicker. On a CPU each operation's start counts when they are few; when they
-        are many, that they fit into its caches. While samples drop branches there is little to
-        share. What computes blocks again, to need less memory, holds one size at a time.
+        On a GPU one matrix is faster. On a CPU it is faster for few tokens, where the overhead per
+        operation dominates, but slower for many, which no longer fit into its caches. While samples
+        drop branches there is little to share. With activation checkpointing, one size at a time
+        needs less memory.
         """
         if self.join_sizes is not None:
             return self.join_sizes
@@ -246,8 +247,9 @@ class XCiT(nn.Module):
         keys: Sequence[Int64[Tensor, " _b"]] | None,
     ) -> list[tuple[Float[Tensor, "_b d"], Float[Tensor, "_b _n d"]]]:
         grids = tuple(Grid(image.shape[0], *image.shape[2:]) for image in images)
-        # The residual stream has the weights' type, float32, under autocast too: in bfloat16 a
-        # branch whose gain is 1e-5 would be rounded away. The official code's gains see to that.
+        # The residual stream has the dtype of the weights, float32, also under autocast: bfloat16
+        # would round away a branch with a gain of 1e-5. The official code's float32 gains have the
+        # same effect.
         precise = self.cls_token.dtype
         patches = join_tokens(
             image.flatten(2).transpose(1, 2)
@@ -260,14 +262,14 @@ class XCiT(nn.Module):
         return [(cls.expand(part.shape[0], -1), part) for part in split_tokens(patches, grids)]
 
     def _run(self, part: nn.Module, *arguments: object) -> Tensor | tuple[Tensor, Tensor]:
-        """part(*arguments), compiled and checkpointed if that is wanted."""
+        """Call part(*arguments), compiled and checkpointed if configured."""
         if self.compiled and self.training:
             part_call = functools.partial(_compiled_forward(type(part)), part)
         else:
             part_call = part
         if not (self.activation_checkpointing and torch.is_grad_enabled()):
             return part_call(*arguments)
-        # A compiler repeats no change of a buffer, and drop path was drawn before.
+        # A compiled graph does not repeat buffer updates, and drop path is already drawn.
         again = {} if torch.compiler.is_compiling() else {"context_fn": lambda: _again(part)}
         options = {"use_reentrant": False, "preserve_rng_state": False}
         return checkpoint(part_call, *arguments, **options, **again)
@@ -275,7 +277,7 @@ class XCiT(nn.Module):
     def _kept(
         self, grids: Sequence[Grid], keys: Sequence[Int64[Tensor, " _b"]] | None
     ) -> list[tuple[Kept, Kept, Kept]] | list[None]:
-        """For each block, which samples keep its branches (XCA, LPI, MLP)."""
+        """Draw for each block which samples keep its branches (XCA, LPI, MLP)."""
         b = sum(grid.b for grid in grids)
         factors = self._drop_path(b, None if keys is None else torch.cat(tuple(keys)))
         if factors is None:
@@ -284,9 +286,9 @@ class XCiT(nn.Module):
         shapes_are_fixed = self.compiled or torch.compiler.is_compiling()
         by_grid = factors.split([grid.b for grid in grids], dim=2)
         if factors.device.type == "cpu" and not shapes_are_fixed:
-            # block by block and branch by branch, of each grid
+            # One entry per block and branch, holding the rows of each grid
             each = list(zip(*map(self._places, by_grid), strict=True))
-            # Never LPI: its BatchNorm sees all samples.
+            # LPI never skips samples, because its BatchNorm must see all of them.
             rows = [[each[i], None, each[i + 2]] for i in range(0, len(each), 3)]
         pairs = zip(by_grid, grids, strict=True)
         by_token = [
@@ -301,14 +303,15 @@ class XCiT(nn.Module):
         ]
 
     def _places(self, factors: Float[Tensor, "l 3 b"]) -> tuple[Int64[Tensor, " _kept"], ...]:
-        """Of the samples whose factor is not 0, for each block and branch."""
+        """Return the indices of the samples with non-zero factor, for each block and branch."""
         places = factors.nonzero()[:, 2].to(self.cls_token.device, non_blocking=True)
         return places.split(factors.count_nonzero(dim=2).flatten().tolist())
 
     def _drop_path(self, b: int, keys: Int64[Tensor, "b"] | None) -> Float[Tensor, "l 3 b"] | None:
-        """0 or 1 / (1 - rate) for each block, branch (XCA, LPI, MLP) and sample, all at once.
+        """Draw 0 or 1 / (1 - rate) for each block, branch (XCA, LPI, MLP) and sample.
 
-        On the device of the keys: from keys on the host the host knows which samples to leave out.
+        The result is on the device of the keys. With keys on the host, the host knows which samples
+        to skip.
         """
         if not self.training or self.drop_path_rate == 0:
             return None
@@ -324,20 +327,21 @@ class XCiT(nn.Module):
 
 @functools.cache
 def _compiled_forward(kind: type[nn.Module]) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
-    """The compiled `forward` of all parts of a class: one graph for each size of image."""
+    """The compiled `forward` of all modules of a class, with one graph per image size."""
     return torch.compile(kind.forward, dynamic=False)
 
 
 def _again(part: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
-    """Around the first computation of a checkpointed part, and around the one for its gradient."""
+    """Contexts of a checkpointed part's forward pass and of its recomputation."""
     return contextlib.nullcontext(), _buffers_kept(part)
 
 
 @contextlib.contextmanager
 def _buffers_kept(part: nn.Module) -> Iterator[None]:
-    """The second computation moves copies of BatchNorm's running statistics, which are thrown away.
+    """Let the recomputation update copies of BatchNorm's running statistics, which are discarded.
 
-    Not put back afterwards: autograd would take that for a change of what the first one has saved.
+    Restoring the buffers' values afterwards would not do: autograd would see an in-place change of
+    tensors that the forward pass saved.
     """
     buffers = [
         (module, name, buffer)

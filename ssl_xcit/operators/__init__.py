@@ -1,1 +1,1 @@
-"""What is computed in more than one way, each with its plain definition."""
+"""Operators with a plain definition and faster implementations."""

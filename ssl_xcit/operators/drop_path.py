@@ -1,4 +1,4 @@
-"""Stochastic depth: a sample that drops a residual branch is left out of the branch's work."""
+"""Stochastic depth: a sample that drops a residual branch skips its computation."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -12,11 +12,11 @@ from ssl_xcit.operators.tokens import Grid, split_tokens
 
 
 class Kept(NamedTuple):
-    """Which samples keep a residual branch, and by what it is scaled for them."""
+    """The samples that keep a residual branch, and the branch's scale."""
 
-    factors: Float[Tensor, "t 1"]  # of each token: 0, or where its sample keeps the branch `scale`
+    factors: Float[Tensor, "t 1"]  # per token: `scale` if its sample keeps the branch, else 0
     scale: float  # 1 / (1 - rate)
-    rows: tuple[Int64[Tensor, " _kept"], ...] | None  # of each grid; None: the host does not know
+    rows: tuple[Int64[Tensor, " _kept"], ...] | None  # kept samples per grid; None: not on the host
 
 
 def add_branch(
@@ -25,10 +25,10 @@ def add_branch(
     grids: Sequence[Grid],
     kept: Kept | None,
 ) -> Float[Tensor, "t d"]:
-    """x + factors * branch(x, grids); where `rows` are known the branch sees these samples only.
+    """Compute x + factors * branch(x, grids); if `rows` are known, only on the kept samples.
 
-    The branch must treat each sample by itself. When all samples drop it, it sees an empty batch:
-    its parameters have a gradient, 0, as DistributedDataParallel and the optimiser expect.
+    The branch must process samples independently. If all samples drop it, it gets an empty batch,
+    so that its parameters get zero gradients, as DistributedDataParallel and the optimiser expect.
     """
     if kept is None:
         return x + branch(x, grids)
@@ -36,8 +36,8 @@ def add_branch(
         return torch.addcmul(x, branch(x, grids), kept.factors)
     if all(len(rows) == grid.b for grid, rows in zip(grids, kept.rows, strict=True)):
         return torch.add(x, branch(x, grids), alpha=kept.scale)
-    # One call for each grid, although one for all would do: oneDNN prepares itself for each number
-    # of tokens that it meets, and these are few (the grid's images) while their sums are many.
+    # One call per grid, although one for all would do: oneDNN builds a kernel for each new number
+    # of tokens. A single grid has few different numbers of kept tokens, the sum over grids many.
     some = [
         branch(tokens, (grid._replace(b=len(rows)),))
         for tokens, grid, rows in zip(
@@ -48,7 +48,7 @@ def add_branch(
 
 
 class _TakeSamples(torch.autograd.Function):
-    """For each grid, the tokens of some of its samples."""
+    """Selects the tokens of the kept samples of each grid."""
 
     @staticmethod
     def forward(
@@ -66,7 +66,7 @@ class _TakeSamples(torch.autograd.Function):
 
 
 class _AddSamples(torch.autograd.Function):
-    """x + scale * some, where the samples of `some` are."""
+    """Adds scale * some to the kept samples of x."""
 
     @staticmethod
     def forward(
@@ -100,7 +100,7 @@ def _add(
     some: Sequence[Float[Tensor, "_kept d"]],
     scale: float = 1.0,
 ) -> Float[Tensor, "t d"]:
-    # Sample by sample, and not token by token: index_add pays for each row
+    # By sample, not by token: index_add has a cost per row.
     parts = zip(split_tokens(x, grids), rows, some, strict=True)
     for to, places, tokens in parts:
         samples = tokens.view(len(places), *to.shape[1:]).to(x.dtype)

@@ -1,11 +1,11 @@
-"""Linear layers whose products are as quick on a CPU as the CPU is.
+"""Linear layers that use the faster matrix library on each CPU.
 
-torch multiplies float32 matrices by MKL. On AMD's processors that reaches less than half of what
-oneDNN does (on a core of a Zen 5 server 92 and 238 GFLOP/s), on Intel's it is the quicker one (by
-7 % on an Emerald Rapids). torch is built with both, and gives bfloat16 and convolutions to oneDNN
-itself. The operator used here is the one that torch.compile calls for a linear layer; in float32 it
-differs from MKL's by the order of rounding, and in bfloat16 it takes 5 to 11 % less than torch's
-own call, which copies the bias first.
+torch multiplies float32 matrices with MKL. On AMD processors this is less than half as fast as
+oneDNN (92 against 238 GFLOP/s on a core of a Zen 5 server); on Intel's it is faster (by 7 % on an
+Emerald Rapids). torch is built with both and uses oneDNN for bfloat16 and convolutions. The
+operator used here is the one that torch.compile calls for a linear layer. In float32 it differs
+from MKL only in rounding order; in bfloat16 it takes 5 to 11 % less time than torch's own call,
+which first copies the bias.
 """
 
 import contextlib
@@ -22,17 +22,18 @@ from ssl_xcit.runtime.processor import made_by_intel
 
 
 class Linear(nn.Linear):
-    """nn.Linear by `linear`."""
+    """nn.Linear computed by `linear`."""
 
     def forward(self, x: Float[Tensor, "... c"]) -> Float[Tensor, "... d"]:
         return linear(x, self.weight, self.bias)
 
 
 def initialise(module: nn.Module) -> None:
-    """The official start of all linear layers in `module`: normal of deviation 0.02, bias 0.
+    """Initialise all linear layers in `module` as the official code does: std 0.02, bias 0.
 
-    The official code cuts the normal at +-2, a hundred deviations: no draw reaches that.
-    `trunc_normal_` draws other numbers in torch 2.11 than in 2.15; `normal_` those of 2.15 in both.
+    The official code truncates the normal distribution at +-2, a hundred standard deviations, which
+    no draw reaches. `trunc_normal_` draws different numbers in torch 2.11 and 2.15; `normal_` draws
+    those of 2.15 in both.
     """
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
@@ -46,11 +47,11 @@ def linear(
     bias: Float[Tensor, " d"] | None = None,
     gain: Float[Tensor, " d"] | None = None,
 ) -> Float[Tensor, "... d"]:
-    """gain (x W^T + b), by torch's `linear` or on a CPU (float32, bfloat16 autocast) by oneDNN's.
+    """Compute gain (x W^T + b), on a CPU in float32 or bfloat16 autocast with oneDNN's operator.
 
-    Autocast rounds the same numbers as before torch's. Where `takes_gain` is true, LayerScale's
-    `gain` is multiplied into W and b, and spares the tokens a pass; nor has the backward pass any,
-    or a copy of the unscaled tokens to keep for the gain's gradient.
+    Autocast rounds the same tensors as for torch's `linear`. If `takes_gain` is true, LayerScale's
+    `gain` is multiplied into W and b. This saves a pass over the tokens, forward and backward, and
+    the copy of the unscaled tokens that the gain's gradient would need.
     """
     if gain is not None and not takes_gain(x):
         return gain * linear(x, weight, bias)
@@ -68,9 +69,9 @@ def gelu_linear(
     bias: Float[Tensor, " d"],
     gain: Float[Tensor, " d"] | None = None,
 ) -> Float[Tensor, "... d"]:
-    """`linear` of gelu(x), whose gradient keeps x alone and computes gelu(x) again.
+    """`linear` of gelu(x) that saves only x for the backward pass, which recomputes gelu(x).
 
-    That saves a sixth of a network's activations for a few percent of its time.
+    This saves a sixth of the network's activation memory for a few percent more time.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return linear(F.gelu(x), weight, bias, gain)
@@ -80,10 +81,10 @@ def gelu_linear(
 
 
 def takes_gain(x: Tensor) -> bool:
-    """Whether the layer that computes on `x` may have LayerScale's gain in its weights.
+    """Whether LayerScale's gain may be multiplied into the weights of the layer applied to `x`.
 
-    float16 would lose them: a gain of 1e-5 times a weight of 0.02 is 2e-7, of which it keeps two
-    bits. A compiler makes one pass of the gain and the residual sum.
+    Not in float16, which would lose them: a gain of 1e-5 times a weight of 0.02 is 2e-7, of which
+    it keeps two bits. Not under a compiler, which fuses the gain with the residual sum.
     """
     return not torch.compiler.is_compiling() and compute_dtype(x) != torch.float16
 
@@ -94,7 +95,7 @@ def scaled_weights(
     gain: Float[Tensor, " d"] | None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Float[Tensor, "d c"], Float[Tensor, " d"] | None]:
-    """gain W and gain b, of a layer without a gain W and b; then rounded to `dtype`."""
+    """Return gain W and gain b (W and b if `gain` is None), rounded to `dtype` if given."""
     if gain is not None:
         weight, bias = gain[:, None] * weight, None if bias is None else gain * bias
     if dtype is not None:
@@ -103,7 +104,7 @@ def scaled_weights(
 
 
 def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
-    # A compiler chooses the library itself.
+    # A compiler chooses the library by itself.
     if torch.compiler.is_compiling() or not torch.backends.mkldnn.is_available():
         return False
     if not (x.device.type == weight.device.type == "cpu" and x.ndim > 1 and x.numel() > 0):
@@ -120,26 +121,26 @@ def _has_bfloat16() -> bool:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """What autocast multiplies in, where it is on; else the type of `x`."""
+    """The dtype of matrix products: autocast's if it is enabled, else that of `x`."""
     return torch.get_autocast_dtype(x.device.type) if _autocasts(x) else x.dtype
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
-    """Operations on `x` in its own type."""
+    """Context in which operations on `x` keep its dtype."""
     if not _autocasts(x):
         return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 
 
 def _autocasts(x: Tensor) -> bool:
-    if torch.compiler.is_compiling():  # casts by itself, and that of torch 2.11 cannot trace this
+    if torch.compiler.is_compiling():  # it casts by itself, and torch 2.11 cannot trace the rest
         return False
     device = x.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 class _OneDnnLinear(torch.autograd.Function):
-    """The operator with the gradient that it lacks, and with what autocast does to its inputs."""
+    """oneDNN's operator with autocast's casts, and with the gradient that the operator lacks."""
 
     @staticmethod
     def forward(
@@ -162,7 +163,7 @@ class _OneDnnLinear(torch.autograd.Function):
 
 
 class _GeluLinear(torch.autograd.Function):
-    """The product of gelu(x), and its gradient from x."""
+    """`linear` of gelu(x), with a gradient computed from x."""
 
     @staticmethod
     def forward(
@@ -194,12 +195,12 @@ def _gradients(
     gain: Float[Tensor, " d"] | None,
     wanted: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Of x, weight, bias and gain as far as `wanted`; `used` is the scaled and rounded weight.
+    """Gradients of x, weight, bias and gain if `wanted`; `used` is the scaled and rounded weight.
 
     dx = dy U, dU = dy^T x, dW = gain dU, dgain = sum_c dU W + db_scaled b; likewise for b.
     """
     rows = grad.flatten(0, -2)
-    # torch gives bfloat16 to oneDNN, and in these layouts its own way is the quicker one
+    # torch computes bfloat16 with oneDNN too, and in these layouts its own call is faster.
     product = linear if grad.dtype == torch.float32 else F.linear
     d_x = product(grad, used.t()) if wanted[0] else None
     d_weight = d_bias = d_gain = None

@@ -1,4 +1,4 @@
-"""LPI, local patch interaction: depthwise convolutions among the tokens (section 3.3)."""
+"""LPI, local patch interaction: depthwise convolutions over the tokens (XCiT, section 3.3)."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from ssl_xcit.operators.tokens import Grid, join_tokens, split_tokens
 
 
 class LPI(nn.Module):
-    """Local patch interaction: two depthwise 3x3 convolutions on the token grid (section 3.3)."""
+    """Local patch interaction: two depthwise 3x3 convolutions on the token grid."""
 
     def __init__(self, embed_dim: int) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class LPI(nn.Module):
         grids: Sequence[Grid],
         gain: Float[Tensor, " d"] | None = None,
     ) -> Float[Tensor, "t d"]:
-        """`gain` (LayerScale) multiplies the output. BatchNorm sees one grid after the other."""
+        """Apply LPI; `gain` (LayerScale) scales the output. BatchNorm runs grid by grid."""
         inside = gain if takes_gain(x) else None
         kernels = _kernels(self.conv1, None, x), _kernels(self.conv2, inside, x)
         parts = zip(split_tokens(x, grids), grids, strict=True)
@@ -46,10 +46,10 @@ Kernels = tuple[Float[Tensor, "d 1 3 3"], Float[Tensor, " d"]]
 
 
 def _kernels(conv: nn.Conv2d, gain: Float[Tensor, " d"] | None, x: Tensor) -> Kernels:
-    """Weight and bias, scaled, in the type of the computation on `x`: once for all grids."""
-    # The weight's way through two dimensions gives its gradient the weight's own strides. Straight
-    # from a channels_last convolution they would be (9, 1, 3, 1), which DistributedDataParallel
-    # warns of and copies, and which the optimisers' multi-tensor kernels do not take.
+    """Return weight and bias, scaled and in the compute dtype of `x`, once for all grids."""
+    # Flattening gives the weight's gradient the weight's own strides. A channels_last convolution
+    # would give it (9, 1, 3, 1), which DistributedDataParallel warns about and copies, and which
+    # the optimisers' multi-tensor kernels reject.
     flat = conv.weight.flatten(1)
     weight, bias = scaled_weights(flat, conv.bias, gain, compute_dtype(x))
     return weight.unflatten(1, (1, 3, 3)), bias
@@ -66,10 +66,10 @@ def _depthwise(
 
 
 class _SmallDepthwise(torch.autograd.Function):
-    """Depthwise convolution 3x3 of images with a side of 1 or 2.
+    """3x3 depthwise convolution of images with a side of 1 or 2.
 
-    oneDNN's gradient of the weight is 20 times slower for images smaller than the kernel, so it is
-    taken from images widened to it. What lies beyond their borders is zero anyway.
+    oneDNN's weight gradient is 20 times slower for images smaller than the kernel, so it is
+    computed on images padded to the kernel size. The padding is zero anyway.
     """
 
     @staticmethod

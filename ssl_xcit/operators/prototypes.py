@@ -1,7 +1,7 @@
-"""The last layer of the projection head: inner products with prototypes of a given length.
+"""The last layer of the projection head: inner products with weight-normed prototypes.
 
-With tens of thousands of prototypes this layer is larger than all else in the head, so its
-derivative is written out here, with no normalised copy of the prototypes, forward or backward.
+With tens of thousands of prototypes this is the largest layer of the head. Its gradient is written
+out here to avoid a normalised copy of the prototypes in the forward and backward pass.
 """
 
 import math
@@ -15,11 +15,11 @@ from ssl_xcit.operators.linear import compute_dtype, linear, without_autocast
 
 
 class WeightNormLinear(nn.Module):
-    """Linear layer without bias whose rows are g_k v_k / |v_k|, k = 1..out_dim.
+    """Linear layer without bias whose weight rows are g_k v_k / |v_k|, k = 1..out_dim.
 
-    The keys are those of `torch.nn.utils.weight_norm`, which DINO used and torch has deprecated:
-    `weight_g` (K, 1), here 1 at the start, and `weight_v` (K, in_dim), which starts as nn.Linear's
-    weight does. With `weight_g` left at 1 and inputs of length 1, the logits are cosines.
+    The keys are those of `torch.nn.utils.weight_norm`, which DINO uses and torch has deprecated:
+    `weight_g` (K, 1), initialised to 1, and `weight_v` (K, in_dim), initialised as the weight of
+    nn.Linear. While `weight_g` is 1 and inputs have unit length, the logits are cosines.
     """
 
     def __init__(self, in_dim: int, out_dim: int, train_norm: bool) -> None:
@@ -29,10 +29,10 @@ class WeightNormLinear(nn.Module):
         nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))
 
     def forward(self, x: Float[Tensor, "b d"], frozen: bool = False) -> Float[Tensor, "b k"]:
-        """Logits, in float32 under autocast, which rounds what enters the product alone.
+        """Return the logits: float32 also under autocast, which rounds only the product's inputs.
 
-        While the prototypes are `frozen` their gradient is not computed: it is None, or with
-        several ranks, whose reduction expects one, zero.
+        If `frozen`, no gradient is computed for the prototypes. It is None, or zero with several
+        ranks, whose reduction expects one.
         """
         weights = self.weight_v, self.weight_g
         if frozen and not torch.distributed.is_initialized():
@@ -43,8 +43,8 @@ class WeightNormLinear(nn.Module):
 class _Logits(torch.autograd.Function):
     """y = s (x v^T), s_k = g_k / |v_k|.
 
-    The lengths scale columns of y rather than rows of v: they cost a pass over the logits, not over
-    the prototypes.
+    s scales the columns of y instead of the rows of v, which costs a pass over the logits instead
+    of the prototypes.
     """
 
     @staticmethod

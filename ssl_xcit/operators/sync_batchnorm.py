@@ -1,8 +1,8 @@
-"""BatchNorm whose batch is that of all ranks, also where torch's own SyncBatchNorm cannot run.
+"""BatchNorm over the batches of all ranks, on CPUs too.
 
-torch.nn.SyncBatchNorm is for CUDA tensors only. On the CPU, by gloo, the class below computes the
-same from plain differentiable operations, so that what several ranks compute can be compared with
-what one process does.
+torch.nn.SyncBatchNorm supports only CUDA tensors. The class below computes the same on the CPU,
+over gloo, with plain differentiable operations, so that tests can compare several ranks with one
+process.
 """
 
 import torch
@@ -13,10 +13,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """The sum over ranks, on every rank.
+    """Differentiable all-reduce (sum).
 
-    What is minimised is the sum of the ranks' losses, and each of them depends on the sum, so its
-    gradient is the sum of all ranks' gradients.
+    The objective is the sum of the ranks' losses. Each loss depends on the reduced sum, so the
+    gradient of the sum is the sum of all ranks' gradients.
     """
 
     @staticmethod
@@ -31,11 +31,11 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 class CpuSyncBatchNorm(_BatchNorm):
-    """nn.BatchNorm1d or 2d that, in training, normalises by the statistics of all ranks' batches.
+    """nn.BatchNorm1d or 2d that normalises training batches with the statistics of all ranks.
 
-        mean = sum_r sum x / N,  var = sum_r sum (x - mean)^2 / N,  N values per channel in all
+        mean = sum_r sum x / N,  var = sum_r sum (x - mean)^2 / N,  N values per channel in total
 
-    The running variance moves towards var N / (N - 1), as nn.BatchNorm's does.
+    The running variance is updated with var N / (N - 1), as in nn.BatchNorm.
     """
 
     def forward(self, x: Float[Tensor, "b c ..."]) -> Float[Tensor, "b c ..."]:
@@ -64,10 +64,10 @@ class CpuSyncBatchNorm(_BatchNorm):
 
 
 def synchronise_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
-    """`model` with every BatchNorm layer synchronised, its parameters and buffers the same ones."""
+    """Synchronise all BatchNorm layers of `model`; parameters and buffers stay the same objects."""
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-            module.__class__ = CpuSyncBatchNorm  # same state, other forward
+            module.__class__ = CpuSyncBatchNorm  # same state, different forward
     return model

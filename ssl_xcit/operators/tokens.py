@@ -1,7 +1,8 @@
-"""Tokens of images of several sizes in one matrix.
+"""Tokens of images of several sizes, concatenated in one matrix.
 
-What treats each token by itself (norms, linear layers, residuals) sees all of them at once: images
-of every size of crop are one product, not one each. What looks at an image splits the matrix.
+Layers that act on tokens independently (norms, linear layers, residuals) process all of them at
+once: one product for all crop sizes instead of one each. Layers that act on whole images split the
+matrix.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,7 +14,7 @@ from torch import Tensor
 
 
 class Grid(NamedTuple):
-    """`b` images of rows x columns tokens each, whose tokens follow one another row by row."""
+    """`b` images of rows x columns tokens each, stored row by row."""
 
     b: int
     rows: int
@@ -21,14 +22,14 @@ class Grid(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Of one image."""
+        """Number of tokens of one image."""
         return self.rows * self.columns
 
 
 def split_tokens(
     x: Float[Tensor, "t *rest"], grids: Sequence[Grid]
 ) -> list[Float[Tensor, "_b _n *rest"]]:
-    """(b, n, ...) of each grid, without a copy; t is the sum of their b n."""
+    """Split into views (b, n, ...), one per grid; t is the sum of their b n."""
     if len(grids) == 1:
         return [x.unflatten(0, (grids[0].b, grids[0].tokens))]
     parts = x.split([grid.b * grid.tokens for grid in grids])
@@ -38,6 +39,6 @@ def split_tokens(
 
 
 def join_tokens(parts: Iterable[Float[Tensor, "_b _n *rest"]]) -> Float[Tensor, "t *rest"]:
-    """Inverse of `split_tokens`; a copy, unless there is one part."""
+    """Inverse of `split_tokens`; copies unless there is only one part."""
     flat = [part.flatten(0, 1) for part in parts]
     return flat[0] if len(flat) == 1 else torch.cat(flat)

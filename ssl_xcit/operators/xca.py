@@ -1,4 +1,4 @@
-"""XCA, cross-covariance attention: the channels of a head attend to one another (section 3.2)."""
+"""XCA, cross-covariance attention among the channels of a head (XCiT, section 3.2)."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,11 +15,11 @@ from ssl_xcit.operators.tokens import Grid, join_tokens, split_tokens
 def attend(
     packed: Float[Tensor, "3 b heads n e"], temperature: Float[Tensor, "heads 1 1"]
 ) -> Float[Tensor, "b heads n e"]:
-    """The definition: v softmax(temperature q_hat^T k_hat)^T, q_hat and k_hat of unit length.
+    """XCA by definition: v softmax(temperature q_hat^T k_hat)^T, q_hat and k_hat of unit length.
 
-    Equation 3 of the paper (its tau is 1 / temperature) as the official code computes it: lengths
-    and softmax in float32 at least. A compiler fuses this itself. float16 needs it, too: there
-    q^T k before its division can exceed 65504.
+    Equation 3 of the paper (its tau is 1 / temperature) as the official code computes it, with
+    norms and softmax in at least float32. Used under a compiler, which fuses it by itself, and in
+    float16, where the undivided q^T k can exceed 65504.
     """
     q, k, v = packed.unbind(0)
     inverse_q, inverse_k = inverse_lengths(packed[:2])[..., None, :].unbind(0)
@@ -40,10 +40,10 @@ class Attended(NamedTuple):
 def attend_dividing_late(
     packed: Float[Tensor, "3 b heads n e"], temperature: Float[Tensor, "heads 1 1"]
 ) -> Attended:
-    """`attend` with the division after the product, which spares normalised copies of q and k.
+    """`attend` with the division after the product, which avoids normalised copies of q and k.
 
-    Lengths, division and softmax are float32 even when q and k are bfloat16 (autocast), and float64
-    when they are float64.
+    Norms, division and softmax are float32 even if q and k are bfloat16 (autocast), and float64 if
+    they are float64.
     """
     q, k, v = packed.unbind(0)
     inverse = inverse_lengths(packed[:2])
@@ -54,28 +54,28 @@ def attend_dividing_late(
 
 
 def inverse_lengths(x: Float[Tensor, "*s n e"]) -> Float[Tensor, "*s e"]:
-    """1 / length of each channel over the n tokens, at most 1e12; in float32 or more."""
+    """1 / L2 norm of each channel over the n tokens, at most 1e12, in at least float32."""
     precise = torch.promote_types(x.dtype, torch.float32)
     if x.is_cuda or torch.compiler.is_compiling():
         lengths = torch.linalg.vector_norm(x, dim=-2, dtype=precise)
-    else:  # on a CPU vector_norm is ten times slower than this where the tokens are not last
+    else:  # on a CPU vector_norm is ten times slower than this unless tokens are the last axis
         squares = x.square() if x.dtype == precise else x.to(precise).square_()
         lengths = squares.sum(dim=-2).sqrt()
     return lengths.clamp_min(1e-12).reciprocal()
 
 
 class _Attend(torch.autograd.Function):
-    """`attend` for each grid, from the projection's layout to the tokens', with its own gradient.
+    """`attend` for each grid, from qkv layout to token layout, with its own gradient.
 
-    autograd's would keep five matrices (e, e) for each head, in small crops more than all tokens
-    are, and pass over them and over q and k several times more. With G = q^T k, the logits
+    Autograd would save five (e, e) matrices per head, which for small crops is more than all
+    tokens, and make several more passes over them and over q and k. With G = q^T k, the logits
     L_ij = T G_ij / (|q_i| |k_j|), their gradient dL, and dG_ij = T dL_ij / (|q_i| |k_j|):
 
         dT   = sum_ij dG_ij G_ij / T
         dq_i = u_i - q_i / |q_i|^2 sum_j dG_ij G_ij,   u_i = sum_j dG_ij k_j,   dk_j likewise
 
-    The sum over j is q_i u_i, too, which is the shorter way where there are fewer tokens than
-    channels, and needs no G.
+    The sum over j also equals q_i u_i, which is cheaper if there are fewer tokens than channels,
+    and does not need G.
     """
 
     @staticmethod
@@ -122,7 +122,7 @@ def _gradients(
     attention: Float[Tensor, "b heads e e"],
     d_qkv: Float[Tensor, "b n 3 heads e"],
 ) -> Float[Tensor, "heads 1 1"]:
-    """Of one grid, see `_Attend`: writes into `d_qkv`, returns that of the temperature."""
+    """Write one grid's gradient (see `_Attend`) into `d_qkv`; return the temperature's gradient."""
     q, k, v = packed.unbind(0)
     d_q, d_k, d_v = d_qkv.permute(2, 0, 3, 1, 4).unbind(0)
     grad = grad.transpose(1, 2).to(packed.dtype, memory_format=torch.contiguous_format)
@@ -151,18 +151,18 @@ def _has_few_tokens(packed: Float[Tensor, "3 b heads n e"]) -> bool:
 
 
 def _pack(qkv: Float[Tensor, "b n 3 heads e"]) -> Float[Tensor, "3 b heads n e"]:
-    # One copy here, or each product of heads would make its own. With the channels last it copies
-    # runs of e numbers; the copy that puts the tokens last takes five times as long on a CPU.
+    # One copy here, or each batched product would make its own. With the channels last, it copies
+    # contiguous runs of e numbers; a copy with the tokens last takes five times as long on a CPU.
     packed = qkv.permute(2, 0, 3, 1, 4)
     if not torch.compiler.is_compiling() and 4 * packed.shape[3] <= packed.shape[4]:
-        # Rounding the matrices (e, e) and back costs more than lower precision spares the tokens
+        # Casting the (e, e) matrices back and forth costs more than lower precision saves.
         precise = torch.promote_types(qkv.dtype, torch.float32)
         return packed.to(precise, memory_format=torch.contiguous_format)
     return packed.contiguous()
 
 
 class XCA(nn.Module):
-    """qkv projection, cross-covariance attention within each image and head, projection."""
+    """XCA layer: qkv projection, cross-covariance attention per image and head, projection."""
 
     def __init__(self, embed_dim: int, num_heads: int) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ class XCA(nn.Module):
         grids: Sequence[Grid],
         gain: Float[Tensor, " d"] | None = None,
     ) -> Float[Tensor, "t d"]:
-        """`gain` (LayerScale) multiplies the output."""
+        """Apply XCA to the tokens of all `grids`; `gain` (LayerScale) scales the output."""
         qkv = self.qkv(x).unflatten(1, (3, self.num_heads, -1))  # (t, 3, heads, d/heads)
         plain = torch.compiler.is_compiling() or qkv.dtype == torch.float16
         if torch.is_grad_enabled() and not plain:

@@ -1,1 +1,1 @@
-"""The engine of every training."""
+"""The training engine that pretraining and fine-tuning share."""

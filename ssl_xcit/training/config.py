@@ -1,4 +1,4 @@
-"""Settings that every training has, however it learns."""
+"""Settings that pretraining and fine-tuning share."""
 
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -8,34 +8,34 @@ from ssl_xcit.runtime.config import Device, Precision, check
 
 @dataclass(frozen=True)
 class Run:
-    """How it runs (no science)"""
+    """How it runs (no effect on what is learned)"""
 
     device: Device = "auto"
-    """auto takes the GPU if there is one."""
+    """auto uses the GPU if there is one."""
     precision: Precision = "auto"
-    """bf16 or fp16 autocast, or float32 throughout; auto takes the quickest of this machine."""
+    """bf16 or fp16 autocast, or float32 throughout; auto takes the fastest on this machine."""
     num_workers: int = 0
     """Loader threads per rank; 0 = this rank's share of the cores."""
     compile: bool = False
     """Compile the backbone (torch.compile)."""
     activation_checkpointing: bool = False
-    """Compute the student's blocks again in the backward pass: less memory, a third more time."""
+    """Recompute the student's blocks in the backward pass: less memory, a third more time."""
     log_every: int = 10
     """Steps between two log lines."""
     save_every: float = 15.0
     """Minutes between two checkpoints."""
     keep_last: int = 2
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
     saveckp_freq: int = 20
-    """Epochs between two checkpoints that are kept for good; 0 = none."""
+    """Epochs between two checkpoints that are kept forever; 0 = none."""
     sync_bn: bool = True
     """BatchNorm over the batches of all ranks; false: over each micro-batch."""
     max_bad_steps: int = 10
-    """Steps in a row with a loss or gradient that is not finite before the run gives up."""
+    """Consecutive steps with a non-finite loss or gradient after which the run stops."""
     stall_timeout: float = 600.0
-    """Seconds that a rank waits for another before it says which one and ends; 0 = for ever."""
+    """Seconds a rank waits for another before it names that rank and exits; 0 = forever."""
     deterministic: bool = False
-    """The same bits on every run of a GPU too, at some cost of speed."""
+    """Bit-for-bit reproducible runs on a GPU too, somewhat slower."""
     tensorboard: bool = False
     """Copy the log to TensorBoard, in the run folder's tensorboard/ (pip install tensorboard)."""
     wandb: str = ""
@@ -49,7 +49,7 @@ class Run:
 
 @runtime_checkable
 class TaskOptim(Protocol):
-    """What the engine reads of a task's optimisation."""
+    """The optimisation settings that the engine reads."""
 
     epochs: int
     batch_size_per_gpu: int
@@ -60,7 +60,7 @@ class TaskOptim(Protocol):
 
 @runtime_checkable
 class TaskConfig(Protocol):
-    """What the engine reads of a task's configuration."""
+    """The settings that the engine reads."""
 
     arch: str
     out: str

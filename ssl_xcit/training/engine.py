@@ -1,12 +1,12 @@
-"""The engine of every training: claims the run folder, resumes, loops, logs, evaluates and saves.
+"""The training engine: claims the run folder, resumes, trains, logs, evaluates and saves.
 
-What is trained, and how, is a `Task`: pretraining (train.py) and fine-tuning (finetune.py) are two
-of them. The state of a run is its tensors and the number of finished steps. Data order and every
-random draw are pure functions of (seed, epoch, sample index, view), so nothing else needs to be
-saved, and a run that was killed continues as if nothing had happened.
+A `Task` defines what is trained and how: pretraining (dino/train.py) or fine-tuning
+(finetune/train.py). The state of a run is its tensors and the number of finished steps. Data order
+and all random numbers are pure functions of (seed, epoch, sample index, view), so nothing else
+needs saving, and a killed run continues as if uninterrupted.
 
-The ranks agree on whether to stop and on whether a step is bad by two numbers that travel with a
-reduction of the step itself, and the host reads the result one step later: nothing waits for it.
+Ranks must agree on whether to stop and on whether a step is bad. Two flags travel with a reduction
+that the step does anyway, and the host reads the result one step later, so nothing waits for it.
 """
 
 import contextlib
@@ -35,11 +35,11 @@ from ssl_xcit.training.task import Task, keep_gradients
 
 
 def run_task(task: Task) -> dict:
-    """Train `task` to its end in its run folder, and return the last logged row.
+    """Train `task` to the end in its run folder and return the last logged row.
 
-    Raises UserError for a folder that cannot be written or belongs to another configuration, a
-    checkpoint that cannot be stored, and a loss that is no longer finite; `Stopped`, an exit with
-    status 75, once a signal has been answered: the state is saved, the same call continues.
+    Raises UserError if the folder is not writable or belongs to another configuration, if a
+    checkpoint cannot be stored, or if the loss is no longer finite. Raises `Stopped`, an exit with
+    status 75, after a signal: the state is saved, and the same call continues.
     """
     out, ranks, settings = Path(task.config.out), task.ranks, task.config.run
     with StopSignals() as stop, Watch(ranks, settings.stall_timeout) as watch:
@@ -53,16 +53,16 @@ def run_task(task: Task) -> dict:
 
 
 class Engine:
-    """The loop over the steps of a task."""
+    """The training loop of a task."""
 
     def __init__(self, task: Task, log: Log, saver: Saver, stop: StopSignals, watch: Watch) -> None:
         self.task, self.log, self.saver, self.stop, self.watch = task, log, saver, stop, watch
         self.statistics = BatchStatistics(task.modules())
-        self.flags = HostCopy(2, task.ranks.device)  # whether to stop, bad steps in a row
+        self.flags = HostCopy(2, task.ranks.device)  # stop flag, consecutive bad steps
         self.started, self.evaluating = time.monotonic(), 0.0  # seconds
 
     def run(self, first_step: int) -> dict:
-        """Steps from `first_step` on; the last logged row."""
+        """Train from `first_step` to the end; return the last logged row."""
         task, log = self.task, self.log
         per_epoch, total = task.steps_per_epoch, task.total_steps
         row = self._finish_record(first_step)
@@ -101,7 +101,7 @@ class Engine:
         return row
 
     def _record(self, step: int) -> dict:
-        """Evaluate if that is due, then write and return the row of `step`."""
+        """Evaluate if due, then write and return the row of `step`."""
         task, log = self.task, self.log
         found: dict[str, float] = {}
         if task.evaluated(step):
@@ -122,17 +122,17 @@ class Engine:
         return row
 
     def _check(self) -> None:
-        """Called by all ranks between the batches of an evaluation: ends it on all of them."""
+        """Raise `Stopped` on all ranks if one got a signal; called between evaluation batches."""
         if distributed.any_rank(bool(self.stop.received)):
             raise Stopped(self.stop.received)
 
     def _finish_record(self, first_step: int) -> dict:
-        """Write the row that a signal in the evaluation kept from being written; the last row."""
+        """Write the last row if a signal interrupted its evaluation; return the last row."""
         if first_step == 0:
             return {}
         path = Path(self.task.config.out) / "metrics.jsonl"
         last = [{"step": -1}, *(read_metrics(path) if path.exists() else [])][-1]
-        # Rank 0's view counts: the others may see an older file
+        # Rank 0 decides: the others may see an older version of the file.
         missing = self.task.recorded(first_step - 1) and last["step"] < first_step - 1
         if distributed.any_rank(missing and self.task.ranks.rank == 0):
             self.stop.eager = False
@@ -140,13 +140,13 @@ class Engine:
         return last
 
     def _leave(self, done: int) -> None:
-        """Save, and end with `Stopped`; all ranks come here after the same step."""
+        """Save, then raise `Stopped`; all ranks get here after the same step."""
         name = self.stop.received or "a signal to another rank"
         if self.task.ranks.rank == 0:
             self._save(done)
             self.log.say(
-                f"stopped by {name} after {done} of {self.task.total_steps} steps; the same "
-                "command continues"
+                f"stopped by {name} after {done} of {self.task.total_steps} steps; run the same "
+                "command to continue"
             )
         distributed.barrier()
         raise Stopped(name)
@@ -157,13 +157,13 @@ class Engine:
         self.log.clock.skip(self.saver.seconds)
 
     def _give_up(self, done: int, bad_steps: int) -> None:
-        """Too many bad steps in a row; all ranks come here after the same step."""
+        """Stop after too many bad steps in a row; all ranks get here after the same step."""
         out = self.task.config.out
-        first = done - 1 - bad_steps  # the host reads one step late
+        first = done - 1 - bad_steps  # the host reads the flags one step late
         capture(self.task, Path(out) / "bad_step", first)
         raise UserError(
             f"loss or gradients were not finite in {bad_steps} steps in a row, from step {first} "
-            "on; none of them was taken and the checkpoints are good. To see what happened: "
+            "on; these steps were skipped and the checkpoints are good. To see what happened: "
             f"ssl-xcit replay {out}. Try a lower --lr, a longer --warmup_epochs or "
             "--precision fp32, in a new --out"
         )
@@ -172,12 +172,12 @@ class Engine:
 def train_step(
     task: Task, batches: Iterator, step: int, statistics: BatchStatistics, stop: bool = False
 ) -> Float[Tensor, "2"]:
-    """One optimiser step over `accumulation_steps` micro-batches.
+    """Run one optimiser step over `accumulation_steps` micro-batches.
 
-    A loss that is not finite on any rank, or a gradient, makes the step a bad one: it changes
-    nothing. Returns, on the device: whether any rank wants to `stop`, and how many steps in a row
-    have been bad. Steps whose gradients were scaled beyond float16's range do not count for that:
-    the scale falls until they are not.
+    A non-finite loss or gradient on any rank makes the step a bad one, which changes nothing.
+    Returns, on the device, whether any rank wants to `stop` and the number of consecutive bad
+    steps. Steps whose gradients overflow only because of the float16 loss scale do not count: the
+    scaler lowers the scale until they fit.
     """
     accumulation = task.config.optim.accumulation_steps
     now = task.hyperparameters(step)
@@ -191,7 +191,7 @@ def train_step(
             losses += loss.detach() / accumulation
             if found is not None:
                 means = found / accumulation + (0 if means is None else means)
-            if last:  # under way while the gradients are computed
+            if last:  # overlaps with the backward pass
                 shared = SharedMeans(losses, means, stop, task.ranks.world_size)
             task.scaler.scale(loss / accumulation).backward()
     means, any_bad, any_stop = shared.wait()
@@ -199,7 +199,7 @@ def train_step(
     parameters = list(task.bare_model.parameters())
     task.scaler.unscale_(task.optimizer)
     grad_norm = clip_gradients(parameters, optim.clip_grad, optim.clip_mode)
-    # Once there have been too many, nothing moves until the host has seen it
+    # After too many bad steps nothing is updated any more until the host notices.
     too_many = task.meters.skipped[0] >= task.config.run.max_bad_steps
     bad = any_bad | ~grad_norm.isfinite() | too_many
     task.before_update(step)
@@ -217,7 +217,7 @@ def train_step(
 
 
 class SharedMeans:
-    """The one reduction of a step beside its gradients: the task's own means, and two flags."""
+    """A step's only reduction besides the gradients': the task's means and two flags."""
 
     def __init__(
         self,
@@ -233,7 +233,7 @@ class SharedMeans:
         self.work = dist.all_reduce(self.vector, async_op=True) if world_size > 1 else None
 
     def wait(self) -> tuple[Float[Tensor, " m"], Bool[Tensor, ""], Bool[Tensor, ""]]:
-        """(the means over ranks, whether any loss was not finite, whether to stop)."""
+        """Return (means over ranks, whether any loss was not finite, whether to stop)."""
         if self.work is not None:
             self.work.wait()
         bad, stop = self.vector[-2:]
@@ -241,10 +241,10 @@ class SharedMeans:
 
 
 class out_of_memory_advice(AbstractContextManager):  # noqa: N801 - reads as a statement
-    """Turns running out of memory into one line that names the options to change.
+    """Context manager that turns an out-of-memory error into one line of advice.
 
-    `others`: options beside the batch that cost memory, as "--name value". `savers`: those that
-    save some, beside activation checkpointing.
+    `others`: options that cost memory besides the batch size, as "--name value". `savers`: options
+    that save memory, besides activation checkpointing.
     """
 
     def __init__(self, config: TaskConfig, *others: str, savers: Iterable[str] = ()) -> None:
@@ -260,7 +260,7 @@ class out_of_memory_advice(AbstractContextManager):  # noqa: N801 - reads as a s
             savers = [*self.savers]
             if not run.activation_checkpointing:
                 savers.append("--activation_checkpointing true")
-            save = f", give {' or '.join(savers)}" if savers else ""
+            save = f", use {' or '.join(savers)}" if savers else ""
             raise UserError(
                 f"out of memory at --batch_size_per_gpu {optim.batch_size_per_gpu} with "
                 f"--accumulation_steps {optim.accumulation_steps}, {', '.join(others)}: "

@@ -1,8 +1,8 @@
-"""Bad steps: a loss or gradient that is not finite must leave no trace, and must not cost a wait.
+"""Bad steps: a non-finite loss or gradient must change nothing, without waiting for the device.
 
-Everything stays on the device: the optimiser skips the step by a flag (`found_inf`, torch's fused
-optimisers know it), BatchNorm's statistics are put back, and the host reads one step later how many
-steps in a row were bad.
+Everything stays on the device: a flag makes the optimiser skip the step (`found_inf` of torch's
+fused optimisers), BatchNorm's statistics are restored, and the host reads the number of consecutive
+bad steps one step later.
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class BatchStatistics:
-    """BatchNorm's buffers as they were before a step, to be put back if the step was bad."""
+    """Copies of BatchNorm's buffers from before a step, restored if the step was bad."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._buffers = [
@@ -26,12 +26,12 @@ class BatchStatistics:
         self._before: list[Tensor] = []
 
     def remember(self) -> None:
-        """Before the step."""
+        """Copy the buffers, before the step."""
         self._before = [buffer.clone() for buffer in self._buffers]
 
     @torch.no_grad()
     def restore(self, bad: Bool[Tensor, ""]) -> None:
-        """After the step: as remembered where `bad` is true."""
+        """Restore the buffers if `bad` is true, after the step."""
         if bad.device.type == "cpu" and not bad:
             return
         for buffer, before in zip(self._buffers, self._before, strict=True):
@@ -39,9 +39,9 @@ class BatchStatistics:
 
 
 class HostCopy:
-    """A few numbers of the device that the host reads one step later, when they have long arrived.
+    """A few numbers copied from the device, which the host reads one step later.
 
-    Nothing is waited for: the copy is ordered behind the step's work, and read after the next step
+    The host hardly waits: the copy is queued behind the step's work and read after the next step
     has been queued.
     """
 
@@ -51,7 +51,7 @@ class HostCopy:
         self._arrived = torch.cuda.Event() if cuda else None
 
     def exchange(self, values: Float[Tensor, " n"]) -> list[float]:
-        """Those of the step before; at first zeros."""
+        """Queue a copy of `values`; return those of the previous step (zeros at first)."""
         if self._arrived is not None:
             self._arrived.synchronize()
         earlier = self._host.tolist()

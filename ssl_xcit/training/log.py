@@ -1,4 +1,4 @@
-"""The records of a run while it trains: rows of metrics.jsonl, lines of progress, and speed."""
+"""The log of a training run: rows of metrics.jsonl, progress lines, and speed."""
 
 import resource
 import time
@@ -13,12 +13,12 @@ from ssl_xcit.training.task import Task
 
 
 class Log:
-    """metrics.jsonl and the line of progress, on rank 0."""
+    """Writes metrics.jsonl and the progress lines, on rank 0."""
 
     def __init__(self, task: Task, out: Path, first_step: int) -> None:
         self.task, self.chief = task, task.ranks.rank == 0
         self.sinks = open_sinks(task.config, first_step, self.chief)
-        self.rows: list[dict] = []  # that the verdict rests on
+        self.rows: list[dict] = []  # recent rows, for the verdict
         self.said = ""  # the last verdict's name
         if self.chief:
             self.metrics = MetricsWriter(out / "metrics.jsonl", first_step)
@@ -28,7 +28,7 @@ class Log:
         self.clock = IntervalClock(task, first_step)
 
     def row(self, step: int) -> dict:
-        """The record of `step`: the one place where the host waits for the device."""
+        """Return the row of `step`; the only place where the host waits for the device."""
         task = self.task
         means = distributed.all_reduce_mean(task.meters.means()).tolist()
         task.meters.reset()
@@ -49,7 +49,7 @@ class Log:
         }
 
     def write(self, row: dict) -> None:
-        """Store and print a row, and what it means if that is another thing than before."""
+        """Store and print a row, and print the verdict if it has changed."""
         if self.chief:
             self.metrics.write(row)
             for sink in self.sinks:
@@ -72,7 +72,7 @@ class Log:
         self.progress.say(text)
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close files, sinks and the progress bar."""
         self.progress.close()
         if self.chief:
             self.metrics.close()
@@ -81,30 +81,30 @@ class Log:
 
 
 class IntervalClock:
-    """Images per second and the share of time spent waiting for data, since the last record."""
+    """Images per second and data-wait share since the last record."""
 
     def __init__(self, task: Task, done: int) -> None:
         self.task = task
         self.restart(done)
 
     def restart(self, done: int) -> None:
-        """A new interval, after `done` steps."""
+        """Start a new interval after `done` steps."""
         self.done, self.start = done, time.monotonic()
         self.waited = self.task.loader.wait_seconds
 
     def skip(self, seconds: float) -> None:
-        """Time that was not the training's: a save."""
+        """Exclude `seconds` that were not spent training (a save or an evaluation)."""
         self.start += seconds
 
     def read(self, done: int) -> tuple[float, float]:
-        """(images per second over all ranks, data-wait share) up to `done` steps."""
+        """Return (images per second over all ranks, data-wait share) up to `done` steps."""
         seconds = time.monotonic() - self.start
         images = (done - self.done) * self.task.global_batch
         return images / seconds, (self.task.loader.wait_seconds - self.waited) / seconds
 
 
 def _peak_memory(device: torch.device) -> float:
-    """GiB: of the GPU's allocator, or of this process's resident set on the CPU."""
+    """Peak memory in GiB: the GPU allocator's, or the process's resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,4 +1,4 @@
-"""What a run writes while it trains: metrics.jsonl, running means, and one line of progress."""
+"""metrics.jsonl, running means on the device, and progress lines."""
 
 import json
 import math
@@ -15,10 +15,10 @@ from ssl_xcit.runtime.files import read_metrics, write_text
 
 
 class MetricsWriter:
-    """Appends one flat JSON object per line to `path`; every step stands in it once.
+    """Appends rows to `path`, one flat JSON object per line; each step occurs once.
 
-    Rows at or beyond `first_step` are leftovers of an attempt that died after its last checkpoint
-    (or a line it did not finish): they are dropped, because those steps are about to be repeated.
+    Rows from `first_step` on were left by an attempt that died after its last checkpoint, perhaps
+    with an incomplete last line. They are dropped because these steps are about to be repeated.
     """
 
     def __init__(self, path: Path, first_step: int = 0) -> None:
@@ -29,7 +29,7 @@ class MetricsWriter:
         self._file = path.open("a")
 
     def write(self, row: dict) -> None:
-        """Append `row`, visible to readers at once."""
+        """Append `row` and flush it, so that readers see it at once."""
         self._file.write(_line(row))
         self._file.flush()
 
@@ -39,7 +39,7 @@ class MetricsWriter:
 
 
 def _line(row: dict) -> str:
-    # NaN is not JSON; a reader in another language must not stumble over a diverged run
+    # NaN is not JSON: readers in other languages would fail on a diverged run.
     clean = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in row.items()
@@ -48,11 +48,11 @@ def _line(row: dict) -> str:
 
 
 class RunningMeans:
-    """Means over the steps since the last log, kept on the device: adding never waits for it.
+    """Means over the steps since the last log, kept on the device so that adding never waits.
 
     Attributes:
-        sums: of each value, and last the number of steps.
-        skipped: steps that were left out: in a row up to now, and in all.
+        sums: sum of each value, and last the number of steps.
+        skipped: number of skipped steps: consecutive up to now, and in total.
     """
 
     def __init__(self, names: tuple[str, ...], device: torch.device) -> None:
@@ -66,9 +66,10 @@ class RunningMeans:
         skip: Bool[Tensor, ""] | None = None,
         excused: Bool[Tensor, ""] | None = None,
     ) -> None:
-        """Add one step's values, in the order of `names`; where `skip` is true, only count it.
+        """Add one step's values, in the order of `names`; if `skip` is true, only count the step.
 
-        Where `excused` is true, too, it counts in all, and neither adds to a row nor ends it.
+        If `excused` is true as well, the step counts in the total but leaves the consecutive count
+        unchanged.
         """
         row = torch.stack([*(value.detach().float() for value in values), self.sums.new_ones(())])
         if skip is not None:
@@ -87,7 +88,7 @@ class RunningMeans:
 
 
 class Progress:
-    """One line per logged step; on a terminal a live bar beneath the lines."""
+    """Prints one line per logged step, and on a terminal a progress bar below them."""
 
     def __init__(self, epochs: int, steps_per_epoch: int, first_step: int, quiet: bool) -> None:
         self.epochs, self.steps_per_epoch = epochs, steps_per_epoch
@@ -98,7 +99,7 @@ class Progress:
         self.bar = tqdm(total=self.total, initial=first_step, unit="step", disable=not terminal)
 
     def advance(self) -> None:
-        """One step is done."""
+        """Advance the bar by one step."""
         self.bar.update()
 
     def log(self, row: dict) -> None:
@@ -132,7 +133,7 @@ class Progress:
 
 
 def clock(seconds: float) -> str:
-    """`seconds` as h:mm:ss, with days in front when there are any."""
+    """Format `seconds` as h:mm:ss, preceded by days if there are any."""
     days, rest = divmod(round(seconds), 86_400)
     hours, rest = divmod(rest, 3_600)
     text = f"{hours}:{rest // 60:02d}:{rest % 60:02d}"

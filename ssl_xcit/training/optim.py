@@ -1,4 +1,4 @@
-"""Parameter groups, optimisers, gradient clipping and the freeze of the last layer, as in DINO."""
+"""Parameter groups, optimisers, gradient clipping and last-layer freezing, as in DINO."""
 
 from collections.abc import Callable, Collection, Iterable
 from typing import Literal
@@ -16,19 +16,19 @@ def parameter_groups(
     undecayed: Collection[str] = (),
     lr_scale: Callable[[str], float] = lambda name: 1.0,
 ) -> list[dict]:
-    """The trainable parameters as [decayed, not decayed], DINO's rule (`get_params_groups`).
+    """Split the trainable parameters into [decayed, not decayed], as DINO's `get_params_groups`.
 
-    Not decayed: names that end in ".bias" and vectors (LayerNorm, BatchNorm, LayerScale). All else
-    is, including XCiT's `cls_token` (1, 1, d) and `temperature` (h, 1, 1) and the head's
-    `weight_g` (K, 1) when it is trained. Upstream's XCiT class has a `no_weight_decay` of its own,
-    for supervised training, that exempts the cls token; DINO does not ask it, the published models
-    were trained with the rule above, and so are ours. `undecayed` names further exemptions.
+    Not decayed: names that end in ".bias" and vectors (LayerNorm, BatchNorm, LayerScale). All
+    others are decayed, including XCiT's `cls_token` (1, 1, d) and `temperature` (h, 1, 1) and the
+    head's `weight_g` (K, 1) if it is trained. Upstream's XCiT has a `no_weight_decay` for
+    supervised training, which exempts the cls token. DINO ignores it: the published models were
+    trained with the rule above, and so are ours. `undecayed` names further exemptions.
 
-    `lr_scale` says by which factor a parameter's learning rate differs from the schedule's; there
-    are two groups for each factor, in the order of the factors' first parameters.
+    `lr_scale` maps a parameter's name to the factor on its learning rate. There are two groups per
+    factor, in the order of the factors' first parameters.
 
-    The first group carries no "weight_decay" of its own (`set_hyperparameters` writes it every
-    step), the second 0. "param_names" holds the names, under the key that torch itself uses.
+    The first group has no "weight_decay" of its own (`set_hyperparameters` sets it every step), the
+    second has 0. "param_names" holds the names, under the key that torch itself uses.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = []
@@ -47,12 +47,12 @@ def parameter_groups(
 
 
 def layer_scales(depth: int, decay: float) -> Callable[[str], float]:
-    """Layer-wise learning rates of an XCiT of `depth` blocks, for `parameter_groups`.
+    """Layer-wise learning-rate decay of an XCiT with `depth` blocks, for `parameter_groups`.
 
-    decay^(depth + 3 - layer), with the stem (patch embedding, positions, cls token) as layer 0,
-    block i as layer i + 1, class-attention block j as layer depth + 1 + j, the last LayerNorm with
-    the last of these, and the head as layer depth + 3 (Bao et al., "BEiT", 2022, appendix; layers
-    as timm counts them for XCiT).
+    The factor is decay^(depth + 3 - layer). The stem (patch embedding, positions, cls token) is
+    layer 0, block i is layer i + 1, class-attention block j is layer depth + 1 + j, the final
+    LayerNorm belongs to the last of these, and the head is layer depth + 3 (Bao et al., "BEiT",
+    2022, appendix; layers numbered as timm does for XCiT).
     """
 
     def scale(name: str) -> float:
@@ -73,13 +73,13 @@ def layer_scales(depth: int, decay: float) -> Callable[[str], float]:
 
 
 def build_optimizer(name: str, groups: list[dict]) -> Optimizer:
-    """The optimiser `name` over `parameter_groups`: "adamw", "sgd" or "lars".
+    """Build the optimiser `name` ("adamw", "sgd" or "lars") for `parameter_groups`.
 
     AdamW has torch's betas (0.9, 0.999) and eps 1e-8; SGD and LARS have momentum 0.9. Learning
-    rate and weight decay are 0 until `set_hyperparameters` is called, which is before every step.
-    AdamW and SGD are torch's fused ones, on the CPU too (there six times faster than the foreach
-    ones). All three leave everything as it is in a step in which their attribute `found_inf`, a
-    tensor on the device, is 1.
+    rate and weight decay are 0 until `set_hyperparameters`, which is called before every step.
+    AdamW and SGD are torch's fused versions, on the CPU too (there six times faster than the
+    foreach versions). All three skip a step completely if their attribute `found_inf`, a tensor on
+    the device, is 1.
 
     Raises UserError for another name.
     """
@@ -87,8 +87,8 @@ def build_optimizer(name: str, groups: list[dict]) -> Optimizer:
         return AdamW(groups, lr=0.0, weight_decay=0.0, fused=True)
     if name == "sgd":
         optimizer = SGD(groups, lr=0.0, momentum=0.9, fused=True)
-        # From zeros the first step is the same; left to the fused kernel, the buffers would stay
-        # uninitialised when the first step is a bad one.
+        # Zeros give the same first step. The fused kernel would leave the buffers uninitialised if
+        # the first step is a bad one.
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
@@ -103,11 +103,11 @@ class LARS(Optimizer):
     You et al. 2017, in the form of Barlow Twins (Zbontar et al. 2021), which DINO took over:
 
         u = grad + weight_decay p
-        u = eta |p| / |u| u          (left alone when either norm is 0)
+        u = eta |p| / |u| u          (skipped if either norm is 0)
         mu = momentum mu + u
         p = p - lr mu
 
-    Vectors (biases, norm layers) get neither weight decay nor rescaling, in either group.
+    Vectors (biases, norm layers) get neither weight decay nor rescaling, whatever their group.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class LARS(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update from the present gradients. Parameters without one are left untouched."""
+        """Update the parameters that have a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -163,7 +163,7 @@ class LARS(Optimizer):
 
 
 def set_hyperparameters(optimizer: Optimizer, lr: float, weight_decay: float) -> None:
-    """Write the step's learning rate into all groups, its weight decay into the decayed ones."""
+    """Set the learning rate of all groups and the weight decay of the decayed ones."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
         if group["decayed"]:
@@ -176,13 +176,13 @@ def clip_gradients(
     clip: float,
     mode: Literal["parameter", "global"] = "parameter",
 ) -> Float[Tensor, ""]:
-    """Shrink the gradients in place to a norm of at most `clip`; 0 or less leaves them alone.
+    """Clip the gradients in place to a norm of at most `clip`; 0 or less turns clipping off.
 
     "parameter" is DINO's `clip_gradients`: each tensor has its own norm and its own factor
-    min(1, clip / (norm + 1e-6)). "global" uses one norm and one factor for all of them, which
-    regularises far more at the same `clip` (XCiT-S12 has 341 tensors, each allowed the whole norm).
+    min(1, clip / (norm + 1e-6)). "global" uses one norm and one factor for all tensors, which clips
+    far more at the same `clip` (XCiT-S12 has 341 tensors, each allowed the whole norm).
 
-    Returns the global norm before clipping, as a tensor: nothing here waits for the device.
+    Returns the global norm before clipping, as a tensor, so nothing waits for the device.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     if not grads:
@@ -197,9 +197,10 @@ def clip_gradients(
 
 
 def freeze_last_layer(model: nn.Module) -> None:
-    """Drop the gradients of the head's last layer: the optimiser then skips it altogether.
+    """Drop the gradients of the head's last layer so that the optimiser skips it.
 
-    No update, no weight decay and no moments, as in DINO's first epoch(s). Call it after clipping.
+    It then gets no update, no weight decay and no moments, as in DINO's first epochs. Call this
+    after clipping.
     """
     for name, parameter in model.named_parameters():
         if "last_layer" in name:

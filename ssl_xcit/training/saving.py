@@ -1,4 +1,4 @@
-"""Saving a training and resuming it: what goes into a checkpoint, and when one is due."""
+"""Save and resume a training run: the contents of a checkpoint, and when one is due."""
 
 import time
 from pathlib import Path
@@ -15,15 +15,17 @@ from ssl_xcit.training.task import Task
 
 
 class Saver:
-    """When to save, and saving."""
+    """Decides when to save, and saves."""
 
     def __init__(self, task: Task, out: Path) -> None:
         self.task, self.folder = task, out / "checkpoints"
         self.last, self.seconds = time.monotonic(), 0.0
 
     def due(self, done: int) -> bool:
-        """Whether to save after `done` steps: every `save_every` minutes, at the end, for good
-        every `saveckp_freq` epochs, and at epoch ends unless that would cost over 5 % of the time.
+        """Whether to save after `done` steps.
+
+        True every `save_every` minutes, at the end, every `saveckp_freq` epochs (kept forever), and
+        at epoch ends unless that would take over 5 % of the time.
         """
         passed = time.monotonic() - self.last
         epoch_ends = done % self.task.steps_per_epoch == 0
@@ -35,22 +37,22 @@ class Saver:
         )
 
     def keeps(self, done: int) -> bool:
-        """Whether the checkpoint after `done` steps is kept for good."""
+        """Whether the checkpoint after `done` steps is kept forever."""
         epochs, rest = divmod(done, self.task.steps_per_epoch)
         frequency = self.task.config.run.saveckp_freq
         return rest == 0 and frequency > 0 and epochs % frequency == 0
 
     def save(self, done: int) -> str:
-        """Save, and say what it cost."""
+        """Save; return a line with path, size and duration."""
         saved = save(self.task, self.folder, done, self.keeps(done))
         self.last, self.seconds = time.monotonic(), saved.seconds
         return f"saved {saved.path} ({saved.megabytes:.0f} MB in {saved.seconds:.1f} s)"
 
 
 def resume(task: Task, folder: Path) -> int:
-    """Load the newest complete checkpoint into `task`; the number of steps it had finished.
+    """Load the newest complete checkpoint into `task`; return its number of finished steps.
 
-    Says which newer ones were skipped and why. Raises UserError if all of them are damaged.
+    Prints which newer ones were skipped and why. Raises UserError if all of them are damaged.
     """
     found, step = None, -1
     if task.ranks.rank == 0:
@@ -63,7 +65,7 @@ def resume(task: Task, folder: Path) -> int:
                 "remove them to start again, or choose another --out"
             )
         step = -1 if found is None else found.state["step"]
-    step = distributed.maximum(step)  # rank 0's choice, should the others see an older folder
+    step = distributed.maximum(step)  # rank 0 decides: others may see an older folder
     if step < 0:
         return 0
     found = found or checkpoint.load_checkpoint(checkpoint.step_folder(folder, step))
@@ -78,7 +80,7 @@ def restore(task: Task, tensors: dict[str, StateDict]) -> None:
     task.load(tensors)
     for name, tensor in task.counters().items():
         stored = tensors["meters"].get(name)
-        if stored is not None and stored.shape == tensor.shape:  # else of an older version's log
+        if stored is not None and stored.shape == tensor.shape:  # else written by an older version
             tensor.copy_(stored)
     if task.scaler.is_enabled() and "scaler" in tensors["meters"]:
         scale, growth = tensors["meters"]["scaler"].tolist()
@@ -88,9 +90,9 @@ def restore(task: Task, tensors: dict[str, StateDict]) -> None:
 
 
 def capture(task: Task, folder: Path, step: int) -> None:
-    """Publish the state before `step`, a bad one, and the images that each rank took for it.
+    """Save the state before the bad step `step`, and the indices of the images it used.
 
-    All ranks call it; `ssl_xcit.report.replay` reads it.
+    All ranks must call it; `ssl_xcit.report.replay` reads the result.
     """
     epoch, step_in_epoch = divmod(step, task.steps_per_epoch)
     task.loader.set_epoch(epoch, step_in_epoch)
@@ -101,9 +103,9 @@ def capture(task: Task, folder: Path, step: int) -> None:
 
 
 def save(task: Task, folder: Path, step: int, keep: bool, **facts: object) -> checkpoint.Saved:
-    """Publish the state after `step` finished steps; `facts` are added to its plain data.
+    """Save the state after `step` finished steps; `facts` are added to state.json.
 
-    Raises UserError rather than publish what is not finite.
+    Raises UserError if any tensor is not finite.
     """
     tensors = {
         **task.tensors(),
@@ -123,7 +125,7 @@ def save(task: Task, folder: Path, step: int, keep: bool, **facts: object) -> ch
 
 
 def _optimizer_tensors(task: Task) -> StateDict:
-    """The optimiser's state as flat `<parameter>/<moment>` tensors."""
+    """Return the optimiser's state as a flat dict of `<parameter>/<moment>` tensors."""
     names = {id(p): name for name, p in task.bare_model.named_parameters()}
     return {
         f"{names[id(parameter)]}/{key}": value

@@ -1,7 +1,7 @@
 """Learning rate, weight decay, teacher momentum and teacher temperature as functions of the step.
 
-Nothing is stored and nothing is replayed on resume: the value at a step follows from the step.
-The values are those of the tables of `cosine_scheduler` and `DINOLoss` in facebookresearch/dino.
+They have no state, so a resumed run needs no replay. The values equal the tables of
+`cosine_scheduler` and `DINOLoss` in facebookresearch/dino.
 """
 
 import math
@@ -17,18 +17,18 @@ def cosine(
     warmup_steps: int = 0,
     start: float = 0.0,
 ) -> float:
-    """Value at `step` (counted from 0): linear warm-up from `start` to `base`, then half a cosine.
+    """Value at `step` (from 0) of a linear warm-up from `start` to `base`, then a half cosine.
 
     With W = min(warmup_steps, total_steps) and N = total_steps - W:
 
-        step < W:   start + (base - start) step / (W - 1)       (just `start` when W is 1)
+        step < W:   start + (base - start) step / (W - 1)       (`start` if W is 1)
         step >= W:  final + (base - final) (1 + cos(pi (step - W) / N)) / 2
 
-    The warm-up includes both of its ends, so the first value is exactly `start` and `base` comes
-    twice, at W - 1 and at W; the cosine stops one step short of `final`. A warm-up as long as the
-    run, or longer, is cut to the run: it climbs faster, reaches `base` at the last step, and no
-    cosine follows (upstream stops with an AssertionError when it is longer). Equal, element by
-    element, to upstream's `utils.cosine_scheduler`, which draws the same table with numpy.
+    The warm-up includes both ends: the first value is exactly `start`, `base` occurs twice, at
+    W - 1 and at W, and the cosine stops one step short of `final`. A warm-up as long as the run or
+    longer is shortened to the run: it rises faster, reaches `base` at the last step, and no cosine
+    follows (upstream raises an AssertionError if it is longer). Equal, element by element, to
+    upstream's `utils.cosine_scheduler`, which computes the same table with numpy.
 
     Raises UserError for a run without steps or a negative warm-up.
     """
@@ -51,40 +51,40 @@ def teacher_temp(
     warmup_epochs: int,
     epochs: int | None = None,
 ) -> float:
-    """Teacher temperature of `epoch` (from 0): linear from `warmup_temp` to `temp`, then `temp`.
+    """Teacher temperature in `epoch` (from 0): linear from `warmup_temp` to `temp`, then `temp`.
 
-    Constant within an epoch. Both ends of the ramp are included: epoch 0 has `warmup_temp` and
-    epoch warmup_epochs - 1 already `temp` (one warm-up epoch is spent at `warmup_temp`). With
-    `epochs`, the length of the run, a longer warm-up is cut to it and ends at `temp` in the last
-    epoch; without, a short run sees only the beginning of the ramp. Upstream's
-    `DINOLoss.teacher_temp_schedule` is the same table and fails when the warm-up is longer.
+    It is constant within an epoch. The ramp includes both ends: epoch 0 has `warmup_temp`, and
+    epoch warmup_epochs - 1 already has `temp` (a single warm-up epoch has `warmup_temp`). If
+    `epochs`, the length of the run, is given, a longer warm-up is shortened to it and reaches
+    `temp` in the last epoch; otherwise a short run sees only the beginning of the ramp. Upstream's
+    `DINOLoss.teacher_temp_schedule` is the same table, but fails if the warm-up is longer.
 
-    Raises UserError for a temperature that is not positive or a negative warm-up.
+    Raises UserError for a non-positive temperature or a negative warm-up.
     """
     if min(warmup_temp, temp) <= 0:
         raise UserError(f"expected teacher temperatures above 0, got {warmup_temp} and {temp}")
     if warmup_epochs < 0:
-        raise UserError(f"expected 0 teacher-temperature warm-up epochs or more: {warmup_epochs}")
+        raise UserError(f"expected warmup_teacher_temp_epochs >= 0, got {warmup_epochs}")
     assert epoch >= 0, f"epoch {epoch} is before the run"
     warmup = warmup_epochs if epochs is None else min(warmup_epochs, epochs)
     return _ramp(epoch, warmup_temp, temp, warmup) if epoch < warmup else temp
 
 
 def last_layer_frozen(epoch: int, freeze_last_layer: int) -> bool:
-    """Whether the prototypes stay as they are in `epoch`: the first `freeze_last_layer` epochs."""
+    """Whether the prototypes are frozen in `epoch`: in the first `freeze_last_layer` epochs."""
     return epoch < freeze_last_layer
 
 
 def scaled_lr(lr: float, global_batch: int) -> float:
-    """Peak learning rate for `global_batch` images per step, `lr` being the one for 256 (linear).
+    """Peak learning rate for a global batch, scaled linearly from `lr`, which is for 256 images.
 
-    The global batch counts ranks and accumulated micro-batches. `min_lr` is not scaled.
+    The global batch includes all ranks and accumulated micro-batches. `min_lr` is not scaled.
     """
     return lr * global_batch / 256
 
 
 def _ramp(index: int, start: float, stop: float, count: int) -> float:
-    """Element `index` of numpy's linspace(start, stop, count), in numpy's order of rounding."""
+    """Element `index` of numpy's linspace(start, stop, count), with the same rounding."""
     if index == 0:
         return start
     if index == count - 1:

@@ -1,9 +1,9 @@
-"""Where the rows of metrics.jsonl go, too, when asked: TensorBoard and Weights & Biases.
+"""Optional copies of the log: TensorBoard and Weights & Biases.
 
-metrics.jsonl is the record; these are copies for those who like to look there. A run that is
-continued has each step once in them: TensorBoard drops what lies beyond the step that it resumes
-from, and Weights & Biases, told by its own id that this is the same run, refuses steps it has.
-Neither package is in requirements.txt, and neither is imported unless it is asked for.
+metrics.jsonl is the record; these are copies of its rows. After a run is resumed they still hold
+each step once: TensorBoard drops the steps from the resumed one on, and Weights & Biases recognises
+the run by its id and refuses steps that it already has. Neither package is in requirements.txt, and
+neither is imported unless it is requested.
 """
 
 import importlib.util
@@ -21,31 +21,31 @@ Row = Mapping[str, float | int | None]
 
 
 class Sink(ABC):
-    """Takes rows one by one."""
+    """Receives the rows of the log."""
 
     @abstractmethod
     def write(self, row: Row) -> None:
-        """Pass one row on, readable there soon even if this process is killed."""
+        """Write one row so that it survives if this process is killed soon after."""
 
     @abstractmethod
     def close(self) -> None:
-        """Pass on what is pending."""
+        """Write what is pending and close."""
 
 
 class TensorBoardSink(Sink):
-    """Scalars under `out`/tensorboard."""
+    """Writes scalars to `out`/tensorboard."""
 
     def __init__(self, out: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # A fresh run purges nothing, but one that starts anew in an old folder does
+        # Drops later steps of an earlier attempt, also if the run starts over in an old folder.
         self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=first_step)
 
     def write(self, row: Row) -> None:
-        """Every number of the row, at the row's step."""
+        """Write all numbers of the row at its step."""
         for name, value in _numbers(row).items():
             self._writer.add_scalar(name, value, row["step"])
-        self._writer.flush()  # or a kill would take two minutes of rows
+        self._writer.flush()  # else a kill could lose two minutes of rows
 
     def close(self) -> None:
         """Flush and close."""
@@ -53,7 +53,7 @@ class TensorBoardSink(Sink):
 
 
 class WandbSink(Sink):
-    """A run of Weights & Biases with an id that is kept in `out`/wandb.json."""
+    """Logs to a Weights & Biases run whose id is stored in `out`/wandb.json."""
 
     def __init__(self, out: Path, project: str, settings: Mapping[str, options.Value]) -> None:
         import wandb
@@ -80,7 +80,7 @@ class WandbSink(Sink):
             ) from error
 
     def write(self, row: Row) -> None:
-        """Every number of the row, at the row's step."""
+        """Write all numbers of the row at its step."""
         self._run.log(_numbers(row), step=row["step"])
 
     def close(self) -> None:
@@ -89,7 +89,7 @@ class WandbSink(Sink):
 
 
 def check_sinks(run: Run) -> None:
-    """Raise UserError if a package is asked for that is not installed."""
+    """Raise UserError if a requested package is not installed."""
     wanted = {"tensorboard": run.tensorboard, "wandb": bool(run.wandb)}
     for package, asked in wanted.items():
         if asked and importlib.util.find_spec(package) is None:
@@ -100,9 +100,10 @@ def check_sinks(run: Run) -> None:
 
 
 def open_sinks(config: TaskConfig, first_step: int, chief: bool) -> list[Sink]:
-    """The sinks that a training asks for, on its `chief` rank; `first_step` is the first to come.
+    """Open the sinks that the configuration requests, on the `chief` rank only.
 
-    Raises UserError, on all ranks alike, if a package is asked for that is not installed.
+    `first_step` is the first step that will be written. Raises UserError on all ranks if a
+    requested package is not installed.
     """
     out, run = Path(config.out), config.run
     check_sinks(run)
@@ -115,5 +116,5 @@ def open_sinks(config: TaskConfig, first_step: int, chief: bool) -> list[Sink]:
 
 
 def _numbers(row: Row) -> dict[str, float | int]:
-    """The row without its step, and without what has no value."""
+    """The row without its step and without missing values."""
     return {name: value for name, value in row.items() if name != "step" and value is not None}

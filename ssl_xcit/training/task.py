@@ -1,4 +1,4 @@
-"""What the engine trains: a `Task` says what a step's loss is, the engine does all the rest."""
+"""The interface between engine and method: a `Task` defines the loss, the engine does the rest."""
 
 import contextlib
 import dataclasses
@@ -30,32 +30,32 @@ from ssl_xcit.training.verdict import Verdict
 
 
 class StepLoss(NamedTuple):
-    """A micro-batch's loss, still to be differentiated, and what else it found."""
+    """The loss of a micro-batch, before its backward pass, and other means."""
 
     loss: Float[Tensor, ""]
-    means: Float[Tensor, " m"] | None = None  # `after_update` gets them averaged over all of a step
+    means: Float[Tensor, " m"] | None = None  # `after_update` gets their average over the step
 
 
 METERS = ("train/loss", "train/grad_norm")
 
 
 class Task(ABC):
-    """What the engine trains. One optimiser step is, see `engine.train_step`:
+    """What the engine trains. One optimiser step (`engine.train_step`) is:
 
         loss (per micro-batch), backward -> clip -> before_update -> optimiser -> after_update
 
-    `loss` may have computed the gradients of a part of it already. Only it sees micro-batches; what
-    moves once per step moves in `after_update`. A task draws no number from a generator with a
-    history, and keeps nothing between steps but `tensors()`.
+    `loss` may already have run the backward pass of a part of the loss. Only `loss` sees
+    micro-batches; updates that happen once per step belong in `after_update`. A task uses no random
+    generator with a state, and keeps no state between steps except `tensors()`.
 
     Attributes:
-        kind: what a run folder of it is called.
+        kind: name of this kind of training, stored in the run folder.
         config: the settings; the engine reads out, optim.epochs, batch_size_per_gpu,
             accumulation_steps, clip_grad, clip_mode and all of run.
-        precision: that of the settings, and why it is this one.
-        loader: the training images; its epochs are cut to `steps_per_epoch`.
-        model: what is trained, wrapped in DistributedDataParallel when there are several ranks.
-        meters: running means of the loss and of the gradient's norm.
+        precision: the precision in use, and why it was chosen.
+        loader: the training images; an epoch ends after `steps_per_epoch` steps.
+        model: the trained network, wrapped in DistributedDataParallel if there are several ranks.
+        meters: running means of the loss and the gradient norm.
     """
 
     kind: ClassVar[str]
@@ -68,7 +68,7 @@ class Task(ABC):
     meters: RunningMeans
 
     def configure(self, config: TaskConfig, ranks: Distributed) -> None:
-        """Set config, with the precision that it means here, precision and ranks."""
+        """Set config (with "auto" precision resolved), precision, ranks and meters."""
         stored = stored_precision(Path(config.out) / "config.yaml")
         self.precision = choose(config.run.precision, ranks, stored)
         run = dataclasses.replace(config.run, precision=self.precision.name)
@@ -77,7 +77,7 @@ class Task(ABC):
 
     @functools.cached_property
     def scaler(self) -> torch.amp.GradScaler:
-        """Keeps the gradients of float16 in its range; in another precision it does nothing."""
+        """Gradient scaler that keeps float16 gradients in range; disabled in other precisions."""
         device, name = self.ranks.device.type, self.config.run.precision
         return torch.amp.GradScaler(device, enabled=name == "fp16")
 
@@ -109,45 +109,45 @@ class Task(ABC):
         return rest == 0 and self.evaluates(epochs - 1)
 
     def recorded(self, step: int) -> bool:
-        """Whether `step` has a row of its own in metrics.jsonl: only there `loss` may do more."""
+        """Whether `step` gets a row in metrics.jsonl; `loss` computes health metrics only then."""
         done = step + 1
         logged = done % self.config.run.log_every == 0
         return logged or done == self.total_steps or self.evaluated(step)
 
     def warm_up(self) -> list[str]:
-        """Do what takes a while and changes nothing, before the first step; lines to print."""
+        """Do slow preparations that change no state, before the first step; return log lines."""
         return []
 
     def initialise(self) -> list[str]:
-        """Load what a run starts from, when no checkpoint resumes it; returns lines to print."""
+        """Load initial weights if no checkpoint is resumed; return log lines."""
         return []
 
     @abstractmethod
     def hyperparameters(self, step: int) -> dict[str, float]:
-        """What the schedules say at `step`: "lr", "weight_decay" and whatever else the log shows.
+        """Return the schedules' values at `step`: "lr", "weight_decay" and others for the log.
 
-        A pure function, so a resumed run needs no replay.
+        It must be a pure function, so that a resumed run needs no replay.
         """
 
     @abstractmethod
     def loss(
         self, batch: tuple[Tensor, ...], step: int, micro: int, now: dict[str, float]
     ) -> StepLoss:
-        """The mean loss of the loader's `batch`, micro-batch number `micro` of `step`.
+        """Compute the mean loss of `batch`, which is micro-batch `micro` of `step`.
 
         `now`: the `hyperparameters` of the step.
         """
 
     def before_update(self, step: int) -> None:  # noqa: B027 - most tasks need none
-        """With all gradients there and clipped, before the optimiser."""
+        """Hook after gradient clipping and before the optimiser."""
 
     def after_update(  # noqa: B027 - some tasks need none
         self, now: dict[str, float], means: Float[Tensor, " m"], bad: Bool[Tensor, ""]
     ) -> None:
-        """After the optimiser: moving averages, statistics that the ranks share.
+        """Hook after the optimiser: moving averages, statistics shared over ranks.
 
-        `means`: the losses' means over micro-batches and ranks. Where `bad` is true nothing may
-        change anything.
+        `means`: the `StepLoss.means`, averaged over micro-batches and ranks. If `bad` is true, the
+        hook must change nothing.
         """
 
     def evaluates(self, epoch: int) -> bool:
@@ -155,30 +155,30 @@ class Task(ABC):
         return False
 
     def evaluate(self, check: Callable[[], None]) -> dict[str, float]:
-        """Numbers for the log; changes nothing of the training. All ranks call it.
+        """Return numbers for the log without changing the training state. All ranks call it.
 
-        `check` ends the evaluation on all ranks when a signal has come; see `Checked`.
+        `check` ends the evaluation on all ranks after a signal; see `Checked`.
         """
         return {}
 
     def health(self) -> dict[str, float]:
-        """How the last recorded step went, beyond the means; the host waits for the device."""
+        """Return health metrics of the last recorded step; the host waits for the device."""
         return {}
 
     def recent(self, rows: list[dict]) -> list[dict]:
-        """Those of the rows of metrics.jsonl that a later `verdict` rests on."""
+        """Return the rows of metrics.jsonl that a later `verdict` needs."""
         return []
 
     def verdict(self, rows: list[dict]) -> Verdict | None:
-        """What the `recent` rows of metrics.jsonl, in order, say in words; None: nothing."""
+        """Interpret the `recent` rows of metrics.jsonl; None if there is nothing to say."""
         return None
 
     @abstractmethod
     def modules(self) -> list[nn.Module]:
-        """All networks whose BatchNorm statistics move in training."""
+        """Return all networks whose BatchNorm statistics change in training."""
 
     def counters(self) -> StateDict:
-        """The running means and counts of the log; in float16 (scale, steps since it changed)."""
+        """Return the log's running means and counts, and in float16 the gradient scaler's state."""
         found = {"sums": self.meters.sums, "skipped": self.meters.skipped}
         if self.scaler.is_enabled():
             state = self.scaler.state_dict()
@@ -187,40 +187,40 @@ class Task(ABC):
 
     @abstractmethod
     def tensors(self) -> dict[str, StateDict]:
-        """The state dicts of a checkpoint but the optimiser's and the meters', by file name."""
+        """Return a checkpoint's state dicts by file name, without optimiser and meters."""
 
     @abstractmethod
     def load(self, tensors: dict[str, StateDict]) -> None:
-        """Inverse of `tensors`."""
+        """Load what `tensors` returned."""
 
     def facts(self) -> dict:
-        """Plain data that a checkpoint carries, beside its step, epoch and versions."""
+        """Return plain data for state.json, besides step, epoch and versions."""
         return {"arch": self.config.arch}
 
     @abstractmethod
     def summary(self) -> str:
-        """What is about to happen, in one line."""
+        """Describe the run in one line."""
 
     def on_device(self, crop: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-        """(v, n, c, s, s) on the device, normalised there if the loader sent bytes."""
+        """Move a crop (v, n, c, s, s) to the device and normalise it there if it is uint8."""
         if crop.dtype != torch.uint8:
             return crop
         return normalise(crop.to(self.ranks.device, non_blocking=True), mean, std)
 
     def autocast(self) -> AbstractContextManager:
-        """Lower precision where the configuration says so."""
+        """Autocast context of the configured precision."""
         return autocast(self.ranks.device, self.config.run.precision)
 
 
 def distribute(model: nn.Module, ranks: Distributed) -> nn.Module:
-    """`model`, wrapped so that its gradients are means over ranks; itself when there is but one."""
+    """Wrap `model` in DistributedDataParallel if there are several ranks."""
     if ranks.world_size == 1:
         return model
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     distributed_model = DistributedDataParallel(
         model,
         gradient_as_bucket_view=True,
-        # The buffers are equal already, see `share_batch_statistics`. Renamed in torch 2.15.
+        # Buffers are already equal, see `share_batch_statistics`. The option is renamed in 2.15.
         **{"forward_sync_buffers" if renamed else "broadcast_buffers": False},
     )
     if ranks.device.type == "cpu":
@@ -229,17 +229,18 @@ def distribute(model: nn.Module, ranks: Distributed) -> nn.Module:
 
 
 def keep_gradients(model: nn.Module) -> AbstractContextManager:
-    """Gradients stay on their rank: they cross the network with a step's last backward pass."""
+    """Context without gradient reduction; a step's last backward pass reduces all gradients."""
     if isinstance(model, DistributedDataParallel):
         return model.no_sync()
     return contextlib.nullcontext()
 
 
 def mean_in_rank_order(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """The gradients' mean over ranks, each element summed in the order of the ranks.
+    """Average gradients over ranks, summing each element in the order of the ranks.
 
-    gloo's own sum depends on an element's place in its bucket, and DistributedDataParallel sorts
-    the buckets anew after a process's first step: more than two ranks would not resume to the bit.
+    gloo's summation order depends on an element's position in its bucket, and
+    DistributedDataParallel rebuilds the buckets after a process's first step: with more than two
+    ranks, a resumed run would not be bit-for-bit equal.
     """
     gradients = bucket.buffer()
     parts = [torch.empty_like(gradients) for _ in range(dist.get_world_size())]
@@ -248,7 +249,7 @@ def mean_in_rank_order(state: None, bucket: dist.GradBucket) -> torch.futures.Fu
 
 
 class Checked:
-    """A loader that calls `check` before each batch, equally often on all ranks."""
+    """Wraps a loader to call `check` before each batch, equally often on all ranks."""
 
     def __init__(self, loader: Iterable, check: Callable[[], None]) -> None:
         self._loader, self._check = loader, check
@@ -265,7 +266,7 @@ class Checked:
 
 
 def share_batch_statistics(model: nn.Module, ranks: Distributed, sync_bn: bool) -> nn.Module:
-    """`model` with BatchNorm over all ranks' batches, if there are several and `sync_bn`."""
+    """Synchronise BatchNorm over ranks if there are several and `sync_bn` is true."""
     if ranks.world_size > 1 and sync_bn:
         return synchronise_batchnorm(model, ranks.device)
     return model

@@ -1,12 +1,12 @@
-"""What a task says about its own training."""
+"""A task's verdict on its own training."""
 
 from typing import NamedTuple
 
 
 class Verdict(NamedTuple):
-    """One of the names above, and one line each: the figures, the likely cause, what to change.
+    """A verdict's name, and one line each: the figures, the likely cause, what to change.
 
-    Cause and advice are empty where nothing is wrong.
+    Cause and advice are empty if nothing is wrong.
     """
 
     name: str
@@ -16,6 +16,6 @@ class Verdict(NamedTuple):
 
     @property
     def text(self) -> str:
-        """All of it in one line."""
+        """The whole verdict in one line."""
         text = f"verdict: {self.name}: {self.sentence}"
         return f"{text}; likely cause: {self.cause}; try {self.advice}" if self.cause else text
