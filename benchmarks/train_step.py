@@ -267,7 +267,9 @@ def settings(case: Case, run: dict, folder: Path, device: str) -> object:
             head_bottleneck_dim=case.bottleneck,
         ),
         loss=Loss(teacher_temp=0.04),
-        optim=Optim(batch_size_per_gpu=case.batch, epochs=100, clip_grad=3.0, freeze_last_layer=0),
+        optim=Optim(
+            batch_size_per_gpu=case.batch, epochs=1_000_000, clip_grad=3.0, freeze_last_layer=0
+        ),
         run=Run(device=device, **({"precision": "fp32"} | run)),
     )
 
