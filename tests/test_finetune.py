@@ -246,7 +246,7 @@ def test_the_average_is_its_closed_form():
             for parameter in network.parameters():
                 parameter += torch.randn_like(parameter)
         network(torch.randn(6, 3).double() + step)  # moves the running statistics
-        average.update(network)
+        average.update(network, torch.tensor(False))
         history.append({k: v.clone() for k, v in network.state_dict().items()})
     for name, ours in average.network.state_dict().items():
         if name.endswith("num_batches_tracked"):

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from ssl_xcit.checkpoints.formats import CLASSIFIER
+from ssl_xcit.checkpoints.formats import CLASSIFIER, StateDict
 from ssl_xcit.checkpoints.read import Weights, read
 from ssl_xcit.data.pixels import imagenet_statistics
 from ssl_xcit.evaluation.subject import NO_FACTS, origin
@@ -44,13 +44,16 @@ def starting_point(config: FinetuneConfig, num_classes: int, in_chans: int) -> S
         facts = NO_FACTS | {"source": "random_init", "arch": arch, "seed": config.seed}
         report = [f"start: {arch}, random weights of seed {config.seed}"]
     else:
-        loaded, new, unused = _load(network, weights, config.model.keep_head)
+        taken = _taken(weights, config.model.keep_head, num_classes, in_chans)
+        network.load_state_dict(network.state_dict() | taken)
+        new = [name for name in CLASSIFIER if name not in taken]
+        unused = [name for name in new if name in weights.state]
         mean, std = weights.statistics
-        tensors = {"loaded": loaded, "new": new, "unused": unused}
+        tensors = {"loaded": len(taken), "new": new, "unused": unused}
         facts = origin(weights) | {"seed": config.seed, "tensors": tensors}
         left = ", ".join([*unused, *weights.ignored])
         report = [
-            f"start: {arch}, {weights.role} of {weights.path}: {loaded} tensors loaded",
+            f"start: {arch}, {weights.role} of {weights.path}: {len(taken)} tensors loaded",
             f"  new, from seed {config.seed}: {', '.join(new) or 'nothing'}",
             f"  there but not used: {left or 'nothing'}",
         ]
@@ -61,23 +64,16 @@ def starting_point(config: FinetuneConfig, num_classes: int, in_chans: int) -> S
     return Start(arch, network, mean, std, facts, report)
 
 
-def _load(network: XCiT, weights: Weights, keep_head: bool) -> tuple[int, list[str], list[str]]:
-    """(tensors loaded, names that stay new, names in the file that are not used)."""
-    own = network.state_dict()
-    if keep_head and weights.num_classes != network.num_classes:
+def _taken(weights: Weights, keep_head: bool, num_classes: int, in_chans: int) -> StateDict:
+    """The tensors to start from."""
+    if keep_head and weights.num_classes != num_classes:
         raise UserError(
             f"keep_head: {weights.path} has a classifier of {weights.num_classes} classes, the "
-            f"images have {network.num_classes}: leave --keep_head out for a new one"
+            f"images have {num_classes}: leave --keep_head out for a new one"
         )
-    channels = own["patch_embed.proj.0.0.weight"].shape[1]
-    if weights.in_chans != channels:
+    if weights.in_chans != in_chans:
         raise UserError(
             f"{weights.path} takes images of {weights.in_chans} channels, the data have "
-            f"{channels}: write them again with --channels {weights.in_chans}"
+            f"{in_chans}: write them again with --channels {weights.in_chans}"
         )
-    taken = weights.state if keep_head else weights.backbone
-    unused = [name for name in CLASSIFIER if name in weights.state.keys() - taken.keys()]
-    new = [name for name in own if name not in taken]
-    assert new == ([] if keep_head else list(CLASSIFIER)), new
-    network.load_state_dict(own | taken)
-    return len(taken), new, unused
+    return weights.state if keep_head else weights.backbone
