@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from tqdm import tqdm
 
 from ssl_xcit.checkpoints.read import Weights, read
@@ -238,12 +237,11 @@ def _evaluate_folder(config: SupervisedConfig, ranks: Distributed) -> Result:
     for path in files:
         entry = {"file": path.name} | _evaluate_one(path, images, done, config, ranks)
         report["files"].append(entry)
+        done.pop(path.name, None)
         if ranks.rank == 0:
             print(_progress(entry), flush=True)
             # Earlier results whose turn has not come yet must survive a kill
-            seen = {entry["file"] for entry in report["files"]}
-            left = [entry for name, entry in done.items() if name not in seen]
-            write_result(report | {"files": report["files"] + left}, out)
+            write_result(report | {"files": [*report["files"], *done.values()]}, out)
             write_text(out.with_suffix(".md"), results_markdown(report))
     failed = [entry for entry in report["files"] if entry["status"] == "failed"]
     if failed:
@@ -273,8 +271,7 @@ def _evaluate_one(
     except OSError as problem:
         error = f"{path} cannot be read: {problem.strerror}"
     # If one rank cannot read it, none evaluates it: the others would wait forever
-    failed = distributed.gather_variable(torch.tensor([bool(error)], dtype=torch.uint8))
-    if failed.any():
+    if distributed.any_rank(bool(error)):
         return {"status": "failed", "reason": error or "another rank could not read it"}
     if isinstance(found, dict):
         return found

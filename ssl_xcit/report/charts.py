@@ -20,12 +20,9 @@ Points = Sequence[tuple[Value, Value | None]]
 
 
 class Series(NamedTuple):
-    """A line: (step, value) by increasing step; None marks a value that is not finite.
+    """A line: (step, value) by increasing step; None marks a value that is not finite."""
 
-    The only line of a chart needs no label.
-    """
-
-    label: str
+    label: str  # may be empty if the chart has no other line
     points: Points
 
 

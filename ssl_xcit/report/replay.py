@@ -27,7 +27,7 @@ from ssl_xcit.training.saving import restore
 from ssl_xcit.training.task import Task
 
 
-def replay(run: Path) -> list[dict]:
+def replay(run: Path) -> Iterator[dict]:
     """For each micro-batch of the captured step: loss, images, what is not finite.
 
     Raises UserError if the run has left no bad step.
@@ -41,7 +41,6 @@ def replay(run: Path) -> list[dict]:
     step, images = found.state["step"], found.state["images"]
     epoch, step_in_epoch = divmod(step, task.steps_per_epoch)
     task.loader.set_epoch(epoch, step_in_epoch)
-    results = []
     with closing(task.loader):
         batches = iter(task.loader)
         for micro in range(task.config.optim.accumulation_steps):
@@ -54,17 +53,14 @@ def replay(run: Path) -> list[dict]:
                 if p.grad is not None and not p.grad.isfinite().all()
             ]
             task.optimizer.zero_grad(set_to_none=True)
-            results.append(
-                {
-                    "step": step,
-                    "micro_batch": micro,
-                    "images": images[micro],
-                    "loss": loss.item(),
-                    "module": next(iter(modules), None),
-                    "gradients": gradients,
-                }
-            )
-    return results
+            yield {
+                "step": step,
+                "micro_batch": micro,
+                "images": images[micro],
+                "loss": loss.item(),
+                "module": next(iter(modules), None),
+                "gradients": gradients,
+            }
 
 
 def _open(run: Path) -> Task:
