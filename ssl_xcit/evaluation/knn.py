@@ -229,7 +229,6 @@ def _extract(config: KnnConfig, ranks: Distributed) -> tuple[dict, dict, dict]:
 
 
 def _cells(row: dict) -> list[str]:
-    """A row of the table."""
     few = row["voters"] < row["k"]
     return [
         row["features"],

@@ -91,7 +91,8 @@ def train_official(material: Material) -> tuple[dict, Float[Tensor, "c d"], Floa
         held_out = extraction.features(material.train, list(sizes), material.held_out.numpy())
         for entry, row in enumerate(rows):
             features, labels, _ = held_out[row["features"]]
-            _note_held_out(row, ranked_classes(*grid.classifier(entry), features), labels)
+            found = accuracy(ranked_classes(*grid.classifier(entry), features), labels)
+            row["held_out_top1"], row["held_out_top5"] = (None, None) if row["diverged"] else found
     chosen = select(rows)
     facts = {
         "epochs": config.epochs,
@@ -181,7 +182,8 @@ def fit_fast(material: Material) -> tuple[dict, Float[Tensor, "c d"], Float[Tens
             row = {"features": kind, "l2": l2, **_quality(fit, config.iterations)}
             if len(material.held_out):
                 ranked = ranked_classes(fit.weight, fit.bias, features[kind][material.held_out])
-                _note_held_out(row, ranked, labels[material.held_out])
+                found = accuracy(ranked, labels[material.held_out])
+                row["held_out_top1"], row["held_out_top5"] = found
             material.say(f"fast: {kind}, l2 {l2:g}: {fit.iterations} iterations")
             rows.append(row)
             fits.append(fit)
@@ -204,12 +206,8 @@ def fit_fast(material: Material) -> tuple[dict, Float[Tensor, "c d"], Float[Tens
 
 
 def _quality(fit: Fit, iterations: int) -> dict:
-    """How well a fit went."""
-    return {
-        "iterations": fit.iterations,
-        "gradient": fit.gradient,
-        "converged": fit.iterations < iterations,
-    }
+    done = fit.iterations
+    return {"iterations": done, "gradient": fit.gradient, "converged": done < iterations}
 
 
 def _training_features(material: Material) -> dict[str, Float[Tensor, "n _"]]:
@@ -230,13 +228,6 @@ def _training_features(material: Material) -> dict[str, Float[Tensor, "n _"]]:
 
 
 # Choosing
-
-
-def _note_held_out(row: dict, ranked: Int64[Tensor, "m top"], labels: Int64[Tensor, " m"]) -> None:
-    if row.get("diverged"):
-        row["held_out_top1"] = row["held_out_top5"] = None
-    else:
-        row["held_out_top1"], row["held_out_top5"] = accuracy(ranked, labels)
 
 
 def select(rows: Sequence[dict]) -> int:

@@ -29,8 +29,6 @@ class Result:
     """Title and width of each column of the table; the cells of a negative width begin at left."""
     rows: Iterable[Sequence[str]] = ()
     """The cells of the table; those beyond the columns follow as they are."""
-    notes: Sequence[str] = ()
-    """Lines below the table."""
 
     def report(self, out: str | Path = "") -> dict:
         """Print the result, store its facts in `out` unless that is empty, and return them."""
@@ -41,7 +39,7 @@ class Result:
                 for cell, (_, width) in zip(row, self.columns, strict=False)
             ]
             lines.append("".join([*cells, *row[len(cells) :]]).rstrip())
-        print("\n".join([*lines, *self.notes]))
+        print("\n".join(lines))
         if out:
             write_result(self.facts, out)
         return self.facts

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from ssl_xcit.checkpoints.formats import CLASSIFIER, StateDict
+from ssl_xcit.checkpoints.formats import CLASSIFIER, StateDict, Statistics
 from ssl_xcit.checkpoints.read import Weights, read
 from ssl_xcit.data.pixels import imagenet_statistics
 from ssl_xcit.evaluation.subject import NO_FACTS, origin
@@ -16,10 +16,8 @@ from ssl_xcit.runtime.errors import UserError
 class Start(NamedTuple):
     """A network to be trained, on the CPU, and its origin."""
 
-    arch: str
     network: XCiT
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    statistics: Statistics  # mean and standard deviation of its images
     facts: dict  # as a `Subject`'s, and what was loaded
     report: list[str]  # lines to print
 
@@ -40,7 +38,7 @@ def starting_point(config: FinetuneConfig, num_classes: int, in_chans: int) -> S
         drop_path_rate=config.model.drop_path_rate,
     )
     if weights is None:
-        mean, std = imagenet_statistics(in_chans)
+        statistics = imagenet_statistics(in_chans)
         facts = NO_FACTS | {"source": "random_init", "arch": arch, "seed": config.seed}
         report = [f"start: {arch}, random weights of seed {config.seed}"]
     else:
@@ -48,7 +46,7 @@ def starting_point(config: FinetuneConfig, num_classes: int, in_chans: int) -> S
         network.load_state_dict(network.state_dict() | taken)
         new = [name for name in CLASSIFIER if name not in taken]
         unused = [name for name in new if name in weights.state]
-        mean, std = weights.statistics
+        statistics = weights.statistics
         tensors = {"loaded": len(taken), "new": new, "unused": unused}
         facts = origin(weights) | {"seed": config.seed, "tensors": tensors}
         left = ", ".join([*unused, *weights.ignored])
@@ -58,14 +56,13 @@ def starting_point(config: FinetuneConfig, num_classes: int, in_chans: int) -> S
             f"  there but not used: {left or 'nothing'}",
         ]
     if config.views.mean:
-        mean, std = config.views.mean, config.views.std
-    if len(mean) != in_chans:
-        raise UserError(f"the images have {in_chans} channels, mean and std {len(mean)} numbers")
-    return Start(arch, network, mean, std, facts, report)
+        statistics = config.views.mean, config.views.std
+    if (count := len(statistics[0])) != in_chans:
+        raise UserError(f"the images have {in_chans} channels, mean and std {count} numbers")
+    return Start(network, statistics, facts, report)
 
 
 def _taken(weights: Weights, keep_head: bool, num_classes: int, in_chans: int) -> StateDict:
-    """The tensors to start from."""
     if keep_head and weights.num_classes != num_classes:
         raise UserError(
             f"keep_head: {weights.path} has a classifier of {weights.num_classes} classes, the "

@@ -78,7 +78,7 @@ class Finetuning(Task):
         check_channels(self.data.channels, self.test)
         self.num_classes = count_classes(self.data)
         self.start = starting_point(config, self.num_classes, self.data.channels)
-        self.statistics = self.start.mean, self.start.std
+        self.statistics = self.start.statistics
         if ranks.rank == 0:
             print("\n".join(self.start.report))
         network = share_batch_statistics(self.start.network, ranks, config.run.sync_bn)
@@ -113,8 +113,8 @@ class Finetuning(Task):
             accumulation_steps=config.optim.accumulation_steps,
             num_threads=config.run.num_workers,
             dtype=self.prepare.dtype,
-            mean=self.start.mean,
-            std=self.start.std,
+            mean=self.statistics[0],
+            std=self.statistics[1],
         )
         if self.steps_per_epoch == 0:
             raise UserError(
@@ -207,11 +207,11 @@ class Finetuning(Task):
         """What a reader of a checkpoint needs to classify images."""
         names = self.data.class_names
         return {
-            "arch": self.start.arch,
+            "arch": self.start.facts["arch"],
             "num_classes": self.num_classes,
             "class_names": list(names) if names else None,
-            "mean": self.start.mean,
-            "std": self.start.std,
+            "mean": self.statistics[0],
+            "std": self.statistics[1],
             "image_size": self.config.views.image_size,
         }
 
@@ -220,7 +220,7 @@ class Finetuning(Task):
         config = self.config
         size = sum(p.numel() for p in self.bare_model.parameters()) / 1e6
         return (
-            f"{self.start.arch} ({size:.1f} M parameters, {self.num_classes} classes) on "
+            f"{self.start.facts['arch']} ({size:.1f} M parameters, {self.num_classes} classes) on "
             f"{self.ranks.device} x {self.ranks.world_size}: {config.optim.epochs} epochs of "
             f"{self.steps_per_epoch} steps, {self.global_batch} views a step"
         )
