@@ -5,8 +5,8 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -17,18 +17,14 @@ from ssl_xcit.runtime.distributed import Distributed
 from ssl_xcit.runtime.files import write_text
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """What an evaluation measured, and everything that decided it."""
 
-    facts: dict
-    """The content of the JSON file."""
-    heading: Sequence[str] = ()
-    """Lines above the table: which network, which images."""
+    facts: dict  # the content of the JSON file
+    heading: Sequence[str] = ()  # lines above the table: which network, which images
+    # Title and width of each column of the table; the cells of a negative width begin at the left
     columns: Sequence[tuple[str, int]] = ()
-    """Title and width of each column of the table; the cells of a negative width begin at left."""
-    rows: Iterable[Sequence[str]] = ()
-    """The cells of the table; those beyond the columns follow as they are."""
+    rows: Iterable[Sequence[str]] = ()  # cells; those beyond the columns follow as they are
 
     def report(self, out: str | Path = "") -> dict:
         """Print the result, store its facts in `out` unless that is empty, and return them."""

@@ -154,18 +154,11 @@ def _queries(
     ranks: Distributed,
 ) -> list[list[Shot]]:
     """Each sample and its nearest images of the pool by the cosine of their cls tokens."""
+    how = {"mean": subject.mean, "std": subject.std}
+    how["dtype"] = torch.float32 if ranks.device.type == "cpu" else torch.uint8
     features = []
     for images, subset in (samples, pool):
-        loader = evaluation_loader(
-            images,
-            view,
-            64,
-            ranks,
-            mean=subject.mean,
-            std=subject.std,
-            dtype=torch.float32 if ranks.device.type == "cpu" else torch.uint8,
-            subset=subset,
-        )
+        loader = evaluation_loader(images, view, 64, ranks, subset=subset, **how)
         found = extract_features(subject.backbone, loader, ("cls",), ranks.device, "fp32")
         features.append(found["cls"])
     asked, known = features
