@@ -32,12 +32,7 @@ from ssl_xcit.evaluation import knn
 from ssl_xcit.evaluation.cache import fingerprint, load_features
 from ssl_xcit.evaluation.config import KnnConfig
 from ssl_xcit.evaluation.features import Features
-from ssl_xcit.evaluation.knn import (
-    cosine_top_k,
-    evaluate_knn,
-    find_neighbours,
-    weighted_vote,
-)
+from ssl_xcit.evaluation.knn import cosine_top_k, evaluate_knn, predictions, weighted_vote
 from ssl_xcit.models.variants import VARIANTS
 from ssl_xcit.models.xcit import build_xcit
 from ssl_xcit.runtime import distributed, precision
@@ -75,8 +70,7 @@ def duplicates(n, distinct, d, classes, seed):
 
 def knn_predictions(train, labels, test, ks, temperature=0.07):
     """{k: classes of each test image, best first}"""
-    neighbours = find_neighbours(train, labels, test, ks)
-    return {k: neighbours.votes(k, temperature) for k in ks}
+    return dict(zip(ks, predictions(train, labels, test, (temperature,), ks), strict=True))
 
 
 def knn_accuracy(train, train_labels, test, test_labels, ks, temperature=0.07):
@@ -527,14 +521,14 @@ def test_the_search_gets_the_views_and_settings_of_the_configuration(betons, mon
 
     def spy(*arguments):
         calls.append(arguments)
-        return find_neighbours(*arguments)
+        return predictions(*arguments)
 
-    monkeypatch.setattr(knn, "find_neighbours", spy)
+    monkeypatch.setattr(knn, "predictions", spy)
     config = knn_config(betons, pixels=True, k=(3, 4), temperature=(0.5, 0.01), batch_size=16)
     config = dataclasses.replace(config, resize=27, crop=20, interpolation="bilinear")
     result = evaluate_knn(config)
-    ((train, train_labels, test, ks),) = calls  # one search
-    assert ks == (3, 4)
+    ((train, train_labels, test, *settings),) = calls  # one search
+    assert settings == [(0.5, 0.01), (3, 4)]
     sets = [next(iter(EvalLoader(p, EvalView(27, 20, "bilinear"), 99))) for p in betons]
     assert torch.equal(train, sets[0][0].flatten(1))
     assert torch.equal(train_labels, sets[0][1])

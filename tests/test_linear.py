@@ -142,7 +142,7 @@ def test_a_grid_goes_on_from_its_saved_state_bit_for_bit():
         whole.step(features, labels, 1.0)
     for features, labels in batches[:3]:
         first.step(features, labels, 1.0)
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    second.state = copy.deepcopy(first.state)
     for features, labels in batches[3:]:
         second.step(features, labels, 1.0)
     for entry in range(4):

@@ -509,7 +509,7 @@ def test_a_run_that_diverges_gives_up_and_leaves_what_is_needed_to_see_it_again(
     assert re.search(rf"step {first}, micro-batch 0: loss nan; first output that is not", text)
     assert f"images {', '.join(map(str, found.state['images'][0]))}" in text
     with pytest.raises(UserError, match="holds no bad step: it has not given up"):
-        replay(tmp_path)
+        list(replay(tmp_path))
 
 
 # --- a known run --------------------------------------------------------------------------------

@@ -341,7 +341,7 @@ def test_a_value_that_was_not_finite_is_a_gap():
 def test_long_runs_are_thinned_to_means_and_ranges():
     generator = np.random.default_rng(0)
     values = generator.normal(size=10_007)
-    line = thinned(list(enumerate(values.tolist())), 240)
+    line = thinned(list(enumerate(values.tolist())))
     size = 42
     groups = [values[k : k + size] for k in range(0, len(values), size)]
     assert len(line) == len(groups) == 239
@@ -349,7 +349,7 @@ def test_long_runs_are_thinned_to_means_and_ranges():
     assert [point[2:] for point in line] == [(g.min(), g.max()) for g in groups]
     assert line[-1].step == 10_006
     few = [(0, 1.0), (1, None)]
-    assert thinned(few, 240) == [(0, 1.0, 1.0, 1.0), (1, None, None, None)]
+    assert thinned(few) == [(0, 1.0, 1.0, 1.0), (1, None, None, None)]
     text = charts.chart_html(Chart("Loss", series=[Series("", list(enumerate(values.tolist())))]))
     assert "their range" in text
 

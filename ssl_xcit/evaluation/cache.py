@@ -40,10 +40,13 @@ def cached_features(
     is there already is read: after a kill the same folder continues. The ranks must see one
     filesystem. Raises UserError if the folder holds other features, or cannot be written.
     """
-    subject, view, ranks = extraction.subject, extraction.view, extraction.ranks
+    subject, view = extraction.subject, extraction.view
+    # Sizes (unknown for a folder) and labels tell datasets apart without reading the images
+    tables = getattr(images, "sizes", None), images.labels
+    checksums = [None if t is None else zlib.crc32(np.ascontiguousarray(t)) for t in tables]
     facts = {
         "subject": None if subject is None else fingerprint(subject.backbone.state_dict()),
-        "images": [images.num_samples, _checksum(images)],
+        "images": [images.num_samples, checksums],
         "view": [view.resize, view.crop, view.interpolation],
         "statistics": None if subject is None else [*subject.mean, *subject.std],
         "kinds": ["pixels"] if subject is None else list(kinds),
@@ -59,17 +62,11 @@ def cached_features(
         if file and distributed.gather_variable(torch.tensor([int(file.exists())]))[0]:
             parts.append(_read(file, facts))
             continue
-        found = extraction.features(images, kinds, subset)
-        if file is not None and ranks.rank == 0:
-            _write(file, found, facts)
-        parts.append(found)
+        parts.append(extraction.features(images, kinds, subset))
+        if file is not None and extraction.ranks.rank == 0:
+            _write(file, parts[-1], facts)
     distributed.barrier()
-    return {kind: _joined([part[kind] for part in parts]) for kind in parts[0]}
-
-
-def any_file(folder: Path) -> Path | None:
-    """One of the files of features in `folder`, if there are any."""
-    return min(folder.glob("*-*.safetensors"), default=None)
+    return _joined(parts)
 
 
 def load_facts(folder: Path) -> dict:
@@ -90,8 +87,7 @@ def load_features(folder: Path, name: str) -> dict[str, Features]:
     files = sorted(folder.glob(f"{name}-*.safetensors"))
     if not files:
         raise UserError(f"{folder} holds no features of {name}")
-    parts = [_read(file, None) for file in files]
-    return {kind: _joined([part[kind] for part in parts]) for kind in parts[0]}
+    return _joined([_read(file, None) for file in files])
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
@@ -102,15 +98,6 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _checksum(images: Images) -> list[int | None]:
-    """Tells datasets apart by the sizes and labels of their images, without reading them."""
-    sizes = getattr(images, "sizes", None)  # unknown for a folder
-    return [
-        None if values is None else zlib.crc32(np.ascontiguousarray(values))
-        for values in (sizes, images.labels)
-    ]
 
 
 def _write(file: Path, found: dict[str, Features], facts: dict) -> None:
@@ -143,7 +130,8 @@ def _read(file: Path, facts: dict | None) -> dict[str, Features]:
     return {kind: Features(rows, labels, indices) for kind, rows in tensors.items()}
 
 
-def _joined(parts: list[Features]) -> Features:
+def _joined(parts: list[dict[str, Features]]) -> dict[str, Features]:
     if len(parts) == 1:
-        return parts[0]
-    return Features(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        return parts[0]  # not copied
+    columns = {kind: zip(*(part[kind] for part in parts), strict=True) for kind in parts[0]}
+    return {kind: Features(*map(torch.cat, columns[kind])) for kind in columns}

@@ -22,7 +22,6 @@ from ssl_xcit.runtime.errors import UserError
 
 # sha256 of ImageNet-1k's 1,000 WordNet numbers, sorted, joined by newlines
 IMAGENET_WNIDS = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"
-WNID = re.compile(r"n\d{8}")
 
 
 class ClassOrder(NamedTuple):
@@ -77,13 +76,11 @@ def _by_names(images: Images, num_classes: int, source: Path) -> ClassOrder:
         raise UserError(f"{source} names {len(known)} classes, the classifier has {num_classes}")
     if num_classes == 1000:
         _expect_imagenet(known, str(source))
-    number = {name: i for i, name in enumerate(known)}
-    strange = [name for name in names if name not in number]
-    if strange:
+    if strange := [name for name in names if name not in known]:
         raise UserError(
             f"{len(strange)} classes of {images.path} are not in {source}: {', '.join(strange[:3])}"
         )
-    return ClassOrder(torch.tensor([number[name] for name in names]), "names", "")
+    return ClassOrder(torch.tensor([known.index(name) for name in names]), "names", "")
 
 
 def _by_numbers(images: Images, num_classes: int) -> ClassOrder:
@@ -106,8 +103,7 @@ def _expect_imagenet(names: tuple[str, ...], source: str) -> None:
         "ImageNet's 1,000 (n01440764 ... n15075141) are expected: sort the validation images into "
         "a folder for each of them; for images of some classes add --classes TRAIN_FOLDER"
     )
-    strange = [name for name in names if not WNID.fullmatch(name)]
-    if strange:
+    if strange := [name for name in names if not re.fullmatch(r"n\d{8}", name)]:
         raise UserError(
             f"{len(strange)} classes of {source} are not named by WordNet numbers "
             f"({', '.join(strange[:3])}); {advice}"

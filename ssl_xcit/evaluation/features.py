@@ -18,16 +18,11 @@ from ssl_xcit.data.datasets import (
     evaluation_loader,
     open_images,
 )
-from ssl_xcit.data.pixels import IMAGENET_MEAN, IMAGENET_STD, normalise
+from ssl_xcit.data.pixels import normalise
 from ssl_xcit.data.views import EvalView
 from ssl_xcit.evaluation.config import FrozenConfig
 from ssl_xcit.evaluation.results import describe_view
-from ssl_xcit.evaluation.subject import (
-    NO_FACTS,
-    Subject,
-    checkpoint_subject,
-    untrained_subject,
-)
+from ssl_xcit.evaluation.subject import NO_FACTS, Subject, checkpoint_subject, untrained_subject
 from ssl_xcit.runtime import distributed
 from ssl_xcit.runtime.distributed import Distributed
 from ssl_xcit.runtime.errors import UserError
@@ -61,8 +56,7 @@ def extract_features(
     Meanwhile the backbone is in eval mode: BatchNorm uses its running statistics and does not
     update them. Afterwards every module is back in its own mode.
     """
-    unknown = set(which) - FEATURES.keys()
-    if unknown:
+    if unknown := set(which) - FEATURES.keys():
         raise UserError(f"no features {sorted(unknown)}: choose from {', '.join(FEATURES)}")
 
     @torch.inference_mode()
@@ -102,17 +96,12 @@ def embed(
             stages = backbone.class_attention_inputs(images)
         else:
             stages = [backbone.forward_features(images)]
-    # The mean of bf16 tokens is not rounded to bf16
-    *entering, (cls, patch) = [(_wide(cls), _wide(tokens).mean(dim=1)) for cls, tokens in stages]
+    # In float32, so that the mean of bf16 tokens is not rounded to bf16
+    *entering, (cls, patch) = [(cls.float(), x.float().mean(dim=1)) for cls, x in stages]
     parts = {"cls": (cls,), "patch": (patch,), "cls+patch": (cls, patch)}
     if inputs:
         parts |= {"inputs1": entering[1], "inputs2": (entering[0][1], *entering[1])}
     return {kind: torch.cat(parts[kind], dim=1) for kind in which}
-
-
-def _wide(tokens: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """At least float32."""
-    return tokens.to(torch.promote_types(tokens.dtype, torch.float32))
 
 
 def extract_pixels(loader: Iterable) -> Features:
@@ -169,16 +158,11 @@ def require_finite(features: Real[Tensor, "n d"], name: str = "the features") ->
 class Extraction:
     """How an evaluation makes features: of which network, from which view, on which ranks.
 
-    Args:
-        config: names the network; its precision is settled.
-        batch_size: images per forward pass and rank.
-        images: an untrained network has the channels of the images at this path.
+    `config`, whose precision is settled, names the network (`subject`); without one the bytes of
+    the view are the features, called "pixels". `batch_size`: images per forward pass and rank. An
+    untrained network has the channels of the images at the path `images`.
 
-    Attributes:
-        subject: the network; None: its features are the bytes of the view, called "pixels".
-
-    Raises:
-        UserError: a checkpoint that is no backbone, or another one than `config.arch`.
+    Raises UserError for a checkpoint that is no backbone, or another one than `config.arch`.
     """
 
     def __init__(
@@ -209,16 +193,10 @@ class Extraction:
     ) -> dict[str, Features]:
         """Features of every kind, the same on every rank; without a network {"pixels": bytes}."""
         subject = self.subject
-        loader = evaluation_loader(
-            images,
-            self.view,
-            self.batch_size,
-            self.ranks,
-            num_threads=self.config.num_workers,
-            mean=IMAGENET_MEAN if subject is None else subject.mean,
-            std=IMAGENET_STD if subject is None else subject.std,
-            subset=subset,
-        )
+        how = {"num_threads": self.config.num_workers, "subset": subset}
+        if subject is not None:
+            how |= {"mean": subject.mean, "std": subject.std}
+        loader = evaluation_loader(images, self.view, self.batch_size, self.ranks, **how)
         if subject is None:
             return {"pixels": extract_pixels(loader)}
         backbone = subject.backbone.to(self.ranks.device)

@@ -10,10 +10,10 @@ depends neither on the block size nor on the device:
 - of classes with equal scores, the smaller number ranks first.
 """
 
+import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ssl_xcit.data.loader import rank_share
 from ssl_xcit.evaluation.accuracy import accuracy
-from ssl_xcit.evaluation.cache import any_file, cached_features, load_facts, load_features
+from ssl_xcit.evaluation.cache import cached_features, load_facts, load_features
 from ssl_xcit.evaluation.config import KnnConfig
 from ssl_xcit.evaluation.features import Extraction, Features, require_finite
 from ssl_xcit.evaluation.results import (
@@ -118,40 +118,30 @@ def weighted_vote(
     return torch.cat(ranked, dim=1)
 
 
-class Neighbours(NamedTuple):
-    """The nearest training images of each test image, nearest first, by one search."""
-
-    similarities: Float64[Tensor, "m k"]
-    labels: Int64[Tensor, "m k"]  # as indices into `classes`
-    classes: Int64[Tensor, " c"]  # sorted, which keeps the rule for ties
-
-    def votes(self, k: int, temperature: float) -> Int64[Tensor, "m top"]:
-        """The best classes of each test image by `weighted_vote`, best first."""
-        rows = max(1, BLOCK_ELEMENTS // len(self.classes))  # bounds the table of class scores
-        blocks = zip(self.similarities.split(rows), self.labels.split(rows), strict=True)
-        count = len(self.classes)
-        ranked = [weighted_vote(*block, count, k, temperature) for block in blocks]
-        return self.classes[torch.cat(ranked)]
-
-
-def find_neighbours(
+def predictions(
     train_features: Real[Tensor, "n d"],
     train_labels: Int64[Tensor, " n"],
     test_features: Real[Tensor, "m d"],
+    temperatures: Sequence[float],
     ks: Sequence[int],
-) -> Neighbours:
-    """The nearest training images of each test image, as many as the largest of `ks` needs.
+) -> Iterator[Int64[Tensor, "m top"]]:
+    """The best classes of each test image by `weighted_vote`: at each temperature, for every k.
 
-    A k beyond the training set lets all n images vote. Raises UserError for a k below 1 and for
-    features that are not finite.
+    One search serves all. A k beyond the training set lets all n images vote. Raises UserError for
+    a k below 1 and for features that are not finite.
     """
     if min(ks) < 1:
         raise UserError(f"k must be at least 1, got {min(ks)}")
     require_finite(train_features, "the training features")
     require_finite(test_features, "the test features")
-    classes, train_classes = train_labels.unique(return_inverse=True)
     similarities, indices = cosine_top_k(train_features, test_features, max(ks))
-    return Neighbours(similarities, train_classes[indices], classes)
+    # Sorted classes keep the rule for ties
+    classes, train_classes = train_labels.unique(return_inverse=True)
+    rows = max(1, BLOCK_ELEMENTS // len(classes))  # bounds the table of class scores
+    parts = zip(similarities.split(rows), train_classes[indices].split(rows), strict=True)
+    blocks = [(*part, len(classes)) for part in parts]
+    for temperature, k in itertools.product(temperatures, ks):
+        yield classes[torch.cat([weighted_vote(*block, k, temperature) for block in blocks])]
 
 
 def knn(
@@ -165,19 +155,16 @@ def knn(
 
     Returns rows of k, temperature, voters (the training images that vote: fewer than k if there
     are no more) and top1, top5 in percent, the same on every rank. Labels may be any integers; a
-    test label that no training image has counts as wrong. Raises UserError as `find_neighbours`
-    does.
+    test label that no training image has counts as wrong. Raises UserError as `predictions` does.
     """
     mine = torch.from_numpy(rank_share(test.indices.numpy(), ranks.rank, ranks.world_size))
-    parts = (train.features, train.labels, test.features[mine])
-    neighbours = find_neighbours(*(part.to(ranks.device) for part in parts), ks)
+    parts = [part.to(ranks.device) for part in (train.features, train.labels, test.features[mine])]
+    ranked = predictions(*parts, temperatures, ks)
     rows = []
-    for temperature in temperatures:
-        for k in ks:
-            ranked = distributed.gather_variable(neighbours.votes(k, temperature).cpu())
-            top1, top5 = accuracy(ranked, test.labels)
-            row = {"k": k, "temperature": temperature, "voters": min(k, len(train.labels))}
-            rows.append(row | {"top1": top1, "top5": top5})
+    for temperature, k in itertools.product(temperatures, ks):
+        top1, top5 = accuracy(distributed.gather_variable(next(ranked).cpu()), test.labels)
+        row = {"k": k, "temperature": temperature, "voters": min(k, len(train.labels))}
+        rows.append(row | {"top1": top1, "top5": top5})
     return rows
 
 
@@ -186,10 +173,9 @@ def evaluate_knn(config: KnnConfig) -> dict:
 
     Prints a table, and writes what it returns as JSON to `config.out` if that is set: "accuracy"
     has a row for each kind of features, temperature and k, see `knn`; the rest is what decided
-    them. With torchrun the ranks share the images and the search, and rank 0 reports.
-
-    Raises UserError for what the user can correct: images that are missing or do not belong
-    together, a checkpoint that is no backbone or is for other images, features that are not finite.
+    them. With torchrun the ranks share the images and the search, and rank 0 reports. Raises
+    UserError for images that are missing or do not belong together, a checkpoint that is no
+    backbone or is for other images, and features that are not finite.
     """
     return run_evaluation(lambda ranks: _measure(config, ranks), config.device, config.out)
 
@@ -208,11 +194,8 @@ def _measure(config: KnnConfig, ranks: Distributed) -> Result:
         for kind in facts["features"]
         for row in knn(train[kind], test[kind], config.k, config.temperature, ranks)
     ]
-    searched = time.perf_counter()
-    seconds = {
-        "features": round(extracted - start, 3),
-        "search": round(searched - extracted, 3),
-    }
+    searched = time.perf_counter() - extracted
+    seconds = {"features": round(extracted - start, 3), "search": round(searched, 3)}
     heading = [
         f"k-NN: {describe_subject(facts)}",
         f"{facts['test']['images']:,} test images, {facts['train']['images']:,} training images, "
@@ -222,12 +205,11 @@ def _measure(config: KnnConfig, ranks: Distributed) -> Result:
     return Result(facts, heading, COLUMNS, map(_cells, rows))
 
 
-def _extract(
-    config: KnnConfig, ranks: Distributed
-) -> tuple[dict[str, Features], dict[str, Features], dict]:
-    """Features of each kind of both datasets, and the facts about them."""
+def _extract(config: KnnConfig, ranks: Distributed) -> tuple[dict, dict, dict]:
+    """Features of both datasets by their kind, and the facts about them."""
     folder = Path(config.save_features) if config.save_features else None
-    config = settled(config, ranks, stored_precision(folder and any_file(folder)))
+    stored = folder and min(folder.glob("*-*.safetensors"), default=None)
+    config = settled(config, ranks, stored_precision(stored))
     extraction = Extraction(config, ranks, config.batch_size, config.train)
     kinds = ["pixels"] if config.pixels else list(config.features)
     train = extraction.open(config.train)
@@ -247,7 +229,6 @@ def _extract(
 
 
 def _cells(row: dict) -> list[str]:
-    """A row of the table."""
     few = row["voters"] < row["k"]
     return [
         row["features"],

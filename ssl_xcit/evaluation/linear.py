@@ -54,9 +54,8 @@ def evaluate_linear(config: LinearConfig) -> dict:
     The selected classifiers are stored in official/ and fast/, see
     `ssl_xcit.evaluation.linear_file`. With torchrun the ranks share the images, and rank 0 reports.
 
-    The same command continues a killed evaluation. Raises UserError for what the user can correct:
-    images that are missing or do not belong together, a checkpoint that is no backbone or is for
-    other images, the output folder of another evaluation, a classifier that does not fit.
+    The same command continues a killed evaluation. Raises UserError as `evaluate_knn` does, and for
+    the output folder of another evaluation and a classifier that does not fit.
     """
     measure = _test_stored if config.evaluate else _choose_and_test
     name = "evaluation.json" if config.evaluate else "result.json"
@@ -68,9 +67,8 @@ def _choose_and_test(config: LinearConfig, ranks: Distributed) -> Result:
     start = time.perf_counter()
     config = settled(config, ranks, stored_precision(Path(config.out) / "config.yaml"))
     material = _prepare(config, ranks)
-    protocols = {"fast": fit_fast, "official": train_official}
-    found, classifiers = {}, {}
-    for name, protocol in protocols.items():
+    held_out, found, classifiers = len(material.held_out), {}, {}
+    for name, protocol in (("fast", fit_fast), ("official", train_official)):
         if config.mode in (name, "both"):
             found[name], weight, bias = protocol(material)
             facts = _classifier_facts(material, name, found[name]["selected"])
@@ -87,19 +85,14 @@ def _choose_and_test(config: LinearConfig, ranks: Distributed) -> Result:
         "train": describe_images(material.train),
         "test": describe_images(test),
         "classes": material.num_classes,
-        "held_out": {
-            "share": config.held_out,
-            "images": len(material.held_out),
-            "seed": config.seed,
-        },
+        "held_out": {"share": config.held_out, "images": held_out, "seed": config.seed},
         **found,
         "seconds": round(time.perf_counter() - start, 3),
     }
     heading = [
         f"linear classification: {describe_subject(facts)}",
         f"{len(test):,} test images, {material.num_classes:,} classes, "
-        f"{len(material.train):,} training images, of which {len(material.held_out):,} held out to "
-        "choose",
+        f"{len(material.train):,} training images, of which {held_out:,} held out to choose",
     ]
     order = [name for name in ("official", "fast") if name in found]
     rows = [row for name in order for row in _rows(name, found[name])]
@@ -121,7 +114,7 @@ def _prepare(config: LinearConfig, ranks: Distributed) -> Material:
             f"batch_size must be a multiple of the {ranks.world_size} ranks, got "
             f"{config.batch_size}"
         )
-    extraction = _extraction(config, ranks, config.train)
+    extraction = Extraction(config, ranks, config.batch_size // ranks.world_size, config.train)
     train = extraction.open(config.train)
     fit, held_out = split(len(train), config.held_out, config.seed)
     if config.held_out and len(held_out) < ranks.world_size:
@@ -134,12 +127,6 @@ def _prepare(config: LinearConfig, ranks: Distributed) -> Material:
     distributed.barrier()
     extraction.subject.backbone.to(ranks.device).requires_grad_(False)
     return Material(config, extraction, train, count_classes(train), fit, held_out)
-
-
-def _extraction(config: LinearConfig, ranks: Distributed, images: str) -> Extraction:
-    """How features are made; an untrained network has the channels of `images`."""
-    batch_size = max(1, config.batch_size // ranks.world_size)
-    return Extraction(config, ranks, batch_size, images)
 
 
 def _claim(out: Path, config: LinearConfig, subject: Subject, train: Images) -> None:
@@ -160,11 +147,9 @@ def _claim(out: Path, config: LinearConfig, subject: Subject, train: Images) -> 
         raise UserError(f"cannot use the folder {out}: {error}; choose another --out") from error
     differences = config_differences(read_config(LinearConfig, described), config)
     differences = [line for line in differences if line.split(":")[0] not in MAY_CHANGE]
-    differences += [
-        f"{name}: {stored.get(name)} -> {value}"
-        for name, value in facts.items()
-        if stored.get(name) != value
-    ]
+    for name, value in facts.items():
+        if stored.get(name) != value:
+            differences.append(f"{name}: {stored.get(name)} -> {value}")
     if differences:
         raise UserError(
             f"{out} belongs to another evaluation ({'; '.join(differences)}); choose another --out,"
@@ -192,7 +177,8 @@ def _test_stored(config: LinearConfig, ranks: Distributed) -> Result:
     path = Path(config.evaluate)
     classifier = load_classifier(path)
     config = settled(config, ranks, classifier.facts.get("precision"))
-    extraction = _extraction(config, ranks, config.test)
+    batch_size = max(1, config.batch_size // ranks.world_size)
+    extraction = Extraction(config, ranks, batch_size, config.test)
     test = extraction.open(config.test)
     ours = bool(classifier.facts)
     if ours:
@@ -259,7 +245,6 @@ def _check_facts(path: Path, classifier: Classifier, extraction: Extraction, tes
 
 
 def _classifier_facts(material: Material, mode: str, selected: dict) -> dict:
-    """What linear.json says."""
     names, subject = material.train.class_names, material.extraction.subject
     return {
         "mode": mode,
@@ -276,11 +261,11 @@ def _classifier_facts(material: Material, mode: str, selected: dict) -> dict:
 
 
 def _rows(name: str, found: dict) -> Iterator[list[str]]:
-    """The rows of a protocol's grid."""
     for row in found["grid"]:
         value, top1 = row.get("lr", row.get("l2")), row.get("held_out_top1")
         held_out = "diverged" if row.get("diverged") else "" if top1 is None else f"{top1:.2f}"
-        measured = [found["top1"], found["top5"]] if row is found["selected"] else []
-        test = [f"{percent:.2f}" for percent in measured] or ["", ""]
+        test = ["", ""]
+        if row is found["selected"]:
+            test = [f"{found[key]:.2f}" for key in ("top1", "top5")]
         note = "" if row.get("converged", True) else "   not converged: raise --iterations"
         yield [name, row["features"], f"{value:g}", held_out, *test, note]

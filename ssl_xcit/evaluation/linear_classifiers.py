@@ -4,7 +4,7 @@ A classifier is a weight (c, d) and a bias (c,) for features as the network give
 are `features @ weight.T + bias`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,10 +43,9 @@ class LinearGrid:
     rates of a kind. One that diverges does not touch the others. Ranks share a batch: the gradient
     is the mean of theirs.
 
-    Args:
-        sizes: kind of feature -> its length d.
-        lrs: learning rates, the same for every kind.
-        num_classes: c; labels are 0 .. c - 1.
+    `sizes`: kind of feature -> its length d; labels are below `num_classes`, c. `entries` are the
+    (kind, learning rate) of all classifiers. `state` is all that changes: weights (l, c, d) and
+    biases (l, c) of each kind for the l learning rates, and their momenta.
     """
 
     def __init__(
@@ -61,16 +60,15 @@ class LinearGrid:
         self.entries = [(kind, lr) for kind in sizes for lr in lrs]
         self._lrs = torch.tensor(lrs, dtype=dtype, device=device)
         self._kinds = list(sizes)
-        # Weights (l, c, d) and biases (l, c) of each kind for l learning rates, and their momenta
-        self._state: dict[str, Tensor] = {}
+        self.state: dict[str, Tensor] = {}
         for kind, size in sizes.items():
             generator = torch.Generator().manual_seed(seed)
             weight = INITIAL_STD * torch.randn(num_classes, size, generator=generator)
             weight = weight.to(device, dtype).repeat(len(lrs), 1, 1)
             bias = torch.zeros(len(lrs), num_classes, dtype=dtype, device=device)
-            self._state |= {f"{kind}/weight": weight, f"{kind}/bias": bias}
+            self.state |= {f"{kind}/weight": weight, f"{kind}/bias": bias}
             for name, parameter in (("weight", weight), ("bias", bias)):
-                self._state[f"{kind}/{name}_momentum"] = torch.zeros_like(parameter)
+                self.state[f"{kind}/{name}_momentum"] = torch.zeros_like(parameter)
 
     @torch.no_grad()
     def step(
@@ -83,7 +81,7 @@ class LinearGrid:
         rows = torch.arange(len(labels), device=labels.device)
         losses = []
         for kind in self._kinds:
-            weight, bias = self._state[f"{kind}/weight"], self._state[f"{kind}/bias"]
+            weight, bias = self.state[f"{kind}/weight"], self.state[f"{kind}/bias"]
             logits = (features[kind] @ weight.flatten(0, 1).T).unflatten(1, bias.shape) + bias
             log_probs = logits.log_softmax(dim=2)  # (b, l, c)
             losses.append(-log_probs[rows, :, labels].mean(dim=0))
@@ -97,31 +95,15 @@ class LinearGrid:
                 ("weight", gradient, rates[:, None, None]),
                 ("bias", error.sum(dim=0), rates[:, None]),
             ):
-                momentum = self._state[f"{kind}/{name}_momentum"]
+                momentum = self.state[f"{kind}/{name}_momentum"]
                 momentum.mul_(MOMENTUM).add_(distributed.all_reduce_mean(change))
-                self._state[f"{kind}/{name}"].sub_(rate * momentum)
+                self.state[f"{kind}/{name}"].sub_(rate * momentum)
         return distributed.all_reduce_mean(torch.cat(losses))
-
-    def ranked(self, features: Mapping[str, Float[Tensor, "m _"]]) -> list[Int64[Tensor, "m top"]]:
-        """For each entry, the five best classes of each image, best first, on the CPU."""
-        return [
-            ranked_classes(*self.classifier(entry), features[kind])
-            for entry, (kind, _) in enumerate(self.entries)
-        ]
 
     def classifier(self, entry: int) -> tuple[Float[Tensor, "c d"], Float[Tensor, " c"]]:
         """Weight and bias of an entry."""
         kind, place = self.entries[entry][0], entry % len(self._lrs)
-        return self._state[f"{kind}/weight"][place], self._state[f"{kind}/bias"][place]
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Everything that changes."""
-        return dict(self._state)
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from `state`."""
-        for name, tensor in self._state.items():
-            tensor.copy_(state[name])
+        return self.state[f"{kind}/weight"][place], self.state[f"{kind}/bias"][place]
 
 
 class Fit(NamedTuple):
@@ -189,8 +171,19 @@ class LogisticRegression:
 
         @torch.no_grad()
         def objective() -> Float[Tensor, ""]:
-            loss, weight.grad, bias.grad = self._objective(weight, bias, l2)
-            return loss
+            loss = weight.new_zeros(())
+            by_weight, by_bias = torch.zeros_like(weight), torch.zeros_like(bias)
+            for z, labels in self._chunks():
+                log_probs = (z @ weight.T + bias).log_softmax(dim=1)
+                rows = torch.arange(len(labels), device=labels.device)
+                loss -= log_probs[rows, labels].sum()
+                error = log_probs.exp_()
+                error[rows, labels] -= 1
+                by_weight += error.T @ z
+                by_bias += error.sum(dim=0)
+            loss, by_weight, bias.grad = map(self._mean, (loss, by_weight, by_bias))
+            weight.grad = by_weight + l2 * weight
+            return loss + l2 / 2 * weight.square().sum()
 
         optimizer.step(objective)
         objective()
@@ -198,30 +191,10 @@ class LogisticRegression:
         raw = weight / self.std
         return Fit(raw, bias - raw @ self.mean, optimizer.state[weight]["n_iter"], gradient)
 
-    def _objective(
-        self, weight: Float[Tensor, "c d"], bias: Float[Tensor, " c"], l2: float
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, "c d"], Float[Tensor, " c"]]:
-        """The objective and its gradients."""
-        loss = torch.zeros((), dtype=weight.dtype, device=weight.device)
-        by_weight, by_bias = torch.zeros_like(weight), torch.zeros_like(bias)
-        for z, labels in self._chunks():
-            log_probs = (z @ weight.T + bias).log_softmax(dim=1)
-            rows = torch.arange(len(labels), device=labels.device)
-            loss -= log_probs[rows, labels].sum()
-            error = log_probs.exp_()
-            error[rows, labels] -= 1
-            by_weight += error.T @ z
-            by_bias += error.sum(dim=0)
-        loss, by_weight, by_bias = map(self._mean, (loss, by_weight, by_bias))
-        return loss + l2 / 2 * weight.square().sum(), by_weight + l2 * weight, by_bias
-
-    def _chunks(self) -> Iterator[tuple[Float[Tensor, "m d"], Int64[Tensor, " m"]]]:
+    def _chunks(self) -> Iterable[tuple[Float[Tensor, "m d"], Int64[Tensor, " m"]]]:
         """(standardised rows, their labels), CHUNK at a time."""
-        if self._kept is not None:
-            yield from self._kept
-            return
-        for x, y in zip(self.features.split(CHUNK), self.labels.split(CHUNK), strict=True):
-            yield (x.double() - self.mean) / self.std, y
+        chunks = zip(self.features.split(CHUNK), self.labels.split(CHUNK), strict=True)
+        return self._kept or (((x.double() - self.mean) / self.std, y) for x, y in chunks)
 
     def _mean(self, total: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """The mean over all images of what sums to `total` over this rank's."""

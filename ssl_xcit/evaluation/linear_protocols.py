@@ -3,9 +3,9 @@
 Neither sees the test images.
 """
 
-import contextlib
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,23 +64,35 @@ def train_official(material: Material) -> tuple[dict, Float[Tensor, "c d"], Floa
     best one. An epoch leaves out the images beyond its last full batch.
     """
     config, extraction = material.config, material.extraction
+    ranks, subject = extraction.ranks, extraction.subject
     sizes = {kind: material.size(kind) for kind in config.features}
     rates = [schedules.scaled_lr(lr, config.batch_size) for lr in config.lr]
-    device = extraction.ranks.device
-    grid = LinearGrid(sizes, rates, material.num_classes, config.seed, device)
-    with (
-        contextlib.closing(_training_loader(material)) as loader,
-        evaluating(extraction.subject.backbone),
-    ):
+    grid = LinearGrid(sizes, rates, material.num_classes, config.seed, ranks.device)
+    loader = MultiCropLoader(
+        material.train,
+        supervised_views(config.crop, config.scale, "bilinear"),
+        extraction.batch_size,
+        seed=config.seed,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        num_threads=config.num_workers,
+        # As in training: bytes are less traffic to a GPU; on a CPU the loader normalises for less.
+        dtype=torch.float32 if ranks.device.type == "cpu" else torch.uint8,
+        mean=subject.mean,
+        std=subject.std,
+        subset=material.fit.numpy(),
+    )
+    with closing(loader), evaluating(subject.backbone):
         seconds = _train_grid(material, grid, loader)
     rows = [{"features": kind, "lr": lr} for kind in sizes for lr in config.lr]
     for entry, row in enumerate(rows):
         row["diverged"] = not all(part.isfinite().all() for part in grid.classifier(entry))
     if len(material.held_out):
         held_out = extraction.features(material.train, list(sizes), material.held_out.numpy())
-        ranked = grid.ranked({kind: features.features for kind, features in held_out.items()})
-        for row, classes in zip(rows, ranked, strict=True):
-            _note_held_out(row, classes, held_out[row["features"]].labels)
+        for entry, row in enumerate(rows):
+            features, labels, _ = held_out[row["features"]]
+            found = accuracy(ranked_classes(*grid.classifier(entry), features), labels)
+            row["held_out_top1"], row["held_out_top5"] = (None, None) if row["diverged"] else found
     chosen = select(rows)
     facts = {
         "epochs": config.epochs,
@@ -94,24 +106,6 @@ def train_official(material: Material) -> tuple[dict, Float[Tensor, "c d"], Floa
     return facts, *grid.classifier(chosen)
 
 
-def _training_loader(material: Material) -> MultiCropLoader:
-    config, ranks, subject = material.config, material.extraction.ranks, material.extraction.subject
-    return MultiCropLoader(
-        material.train,
-        supervised_views(config.crop, config.scale, "bilinear"),
-        material.extraction.batch_size,
-        seed=config.seed,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        num_threads=config.num_workers,
-        # As in training: bytes are less traffic to a GPU; on a CPU the loader normalises for less.
-        dtype=torch.float32 if ranks.device.type == "cpu" else torch.uint8,
-        mean=subject.mean,
-        std=subject.std,
-        subset=material.fit.numpy(),
-    )
-
-
 def _train_grid(material: Material, grid: LinearGrid, loader: MultiCropLoader) -> float:
     """Train to the end, resuming an earlier attempt; returns the seconds of all attempts."""
     config, folder = material.config, Path(material.config.out) / "checkpoints"
@@ -121,19 +115,23 @@ def _train_grid(material: Material, grid: LinearGrid, loader: MultiCropLoader) -
         material.say(f"skipped: {line}")
     done = spent = 0
     if found is not None:
-        grid.load_state_dict(found.tensors["grid"])
+        for name, tensor in grid.state.items():
+            tensor.copy_(found.tensors["grid"][name])
         done, spent = found.state["step"], found.state["seconds"]
         material.say(f"resuming {found.path} at step {done}")
     start = saved = time.monotonic()
-    losses = torch.zeros(len(grid.entries), device=ranks.device)
-    since = done
+    losses, since = torch.zeros(len(grid.entries), device=ranks.device), done
     total = config.epochs * len(loader)
     for step in range(done, total):
         epoch, place = divmod(step, len(loader))
         if step == done or place == 0:
             loader.set_epoch(epoch, place)
             batches = iter(loader)
-        images, labels = _to_device(material, *next(batches))
+        (images,), indices = next(batches)  # of their only view
+        images = images.to(ranks.device, non_blocking=True)
+        if images.dtype == torch.uint8:
+            images = normalise(images, loader.mean, loader.std)
+        labels = labels_at(material.train.labels, indices.numpy()).to(ranks.device)
         with torch.no_grad():
             features = embed(backbone, images, config.features, config.precision)
         if step == done:
@@ -152,18 +150,9 @@ def _train_grid(material: Material, grid: LinearGrid, loader: MultiCropLoader) -
             since = step + 1
         if ranks.rank == 0 and (ends or now - saved > 60 * config.save_every):
             state = {"seconds": spent + now - start}
-            save_checkpoint(folder, step + 1, {"grid": grid.state_dict()}, state)
+            save_checkpoint(folder, step + 1, {"grid": grid.state}, state)
             saved = time.monotonic()
     return spent + time.monotonic() - start
-
-
-def _to_device(material: Material, views: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """(images (b, c, h, w), normalised, labels (b,))"""
-    device, subject = material.extraction.ranks.device, material.extraction.subject
-    images = views[0].to(device, non_blocking=True)
-    if images.dtype == torch.uint8:
-        images = normalise(images, subject.mean, subject.std)
-    return images, labels_at(material.train.labels, indices.numpy()).to(device)
 
 
 # The fast protocol
@@ -175,33 +164,38 @@ def fit_fast(material: Material) -> tuple[dict, Float[Tensor, "c d"], Float[Tens
     Strengths go from strong to weak, and each fit starts from the one before. The selected strength
     and kind of features is fitted again to all images, held-out ones included.
     """
-    config, start = material.config, time.perf_counter()
+    config, ranks, start = material.config, material.extraction.ranks, time.perf_counter()
     features = _training_features(material)
     labels = torch.from_numpy(material.train.labels)
     extracted = time.perf_counter()
+
+    def regression(kind: str, images: Int64[Tensor, " m"]) -> LogisticRegression:
+        mine = torch.from_numpy(rank_share(images.numpy(), ranks.rank, ranks.world_size))
+        x, y = features[kind][mine], labels[mine]
+        return LogisticRegression(x, y, material.num_classes, ranks.device)
+
     rows, fits = [], []
-    for kind, rows_of_kind in features.items():
-        regression = _regression(material, rows_of_kind, labels, material.fit)
-        fit = None
+    for kind in features:
+        of_kind, fit = regression(kind, material.fit), None
         for l2 in sorted(config.l2, reverse=True):
-            fit = regression.fit(l2, config.iterations, start=fit)
+            fit = of_kind.fit(l2, config.iterations, start=fit)
             row = {"features": kind, "l2": l2, **_quality(fit, config.iterations)}
             if len(material.held_out):
-                ranked = ranked_classes(fit.weight, fit.bias, rows_of_kind[material.held_out])
-                _note_held_out(row, ranked, labels[material.held_out])
+                ranked = ranked_classes(fit.weight, fit.bias, features[kind][material.held_out])
+                found = accuracy(ranked, labels[material.held_out])
+                row["held_out_top1"], row["held_out_top5"] = found
             material.say(f"fast: {kind}, l2 {l2:g}: {fit.iterations} iterations")
             rows.append(row)
             fits.append(fit)
     chosen = select(rows)
-    fit: Fit = fits[chosen]
+    selected, fit = rows[chosen], fits[chosen]
     if len(material.held_out):
-        everything = torch.arange(len(labels))
-        regression = _regression(material, features[rows[chosen]["features"]], labels, everything)
-        fit = regression.fit(rows[chosen]["l2"], config.iterations, start=fit)
+        of_all = regression(selected["features"], torch.arange(len(labels)))
+        fit = of_all.fit(selected["l2"], config.iterations, start=fit)
     facts = {
         "training_images": len(labels),
         "grid": rows,
-        "selected": rows[chosen],
+        "selected": selected,
         "fit": _quality(fit, config.iterations),
         "seconds": {
             "features": round(extracted - start, 3),
@@ -212,18 +206,16 @@ def fit_fast(material: Material) -> tuple[dict, Float[Tensor, "c d"], Float[Tens
 
 
 def _quality(fit: Fit, iterations: int) -> dict:
-    """How well a fit went."""
-    return {
-        "iterations": fit.iterations,
-        "gradient": fit.gradient,
-        "converged": fit.iterations < iterations,
-    }
+    done = fit.iterations
+    return {"iterations": done, "gradient": fit.gradient, "converged": done < iterations}
 
 
 def _training_features(material: Material) -> dict[str, Float[Tensor, "n _"]]:
     """Features of the central views of all training images, kept in the output folder."""
     config = material.config
-    stored = {kind: _container(kind, config.features) for kind in config.features}
+    # A kind that is part of another one is not stored twice
+    wholes = {"cls": "cls+patch", "patch": "cls+patch", "inputs1": "inputs2"}
+    stored = {k: wholes[k] if wholes.get(k) in config.features else k for k in config.features}
     containers, folder = sorted(set(stored.values())), Path(config.out) / "features"
     found = cached_features(material.extraction, material.train, containers, folder, "train")
     features = {}
@@ -235,33 +227,7 @@ def _training_features(material: Material) -> dict[str, Float[Tensor, "n _"]]:
     return features
 
 
-def _container(kind: str, kinds: Sequence[str]) -> str:
-    """The kind of feature to store for `kind`, so that nothing is stored twice."""
-    if kind in ("cls", "patch") and "cls+patch" in kinds:
-        return "cls+patch"
-    return "inputs2" if kind == "inputs1" and "inputs2" in kinds else kind
-
-
-def _regression(
-    material: Material,
-    features: Float[Tensor, "n d"],
-    labels: Int64[Tensor, " n"],
-    images: Int64[Tensor, " m"],
-) -> LogisticRegression:
-    """Of this rank's share of `images`."""
-    ranks = material.extraction.ranks
-    mine = torch.from_numpy(rank_share(images.numpy(), ranks.rank, ranks.world_size))
-    return LogisticRegression(features[mine], labels[mine], material.num_classes, ranks.device)
-
-
 # Choosing
-
-
-def _note_held_out(row: dict, ranked: Int64[Tensor, "m top"], labels: Int64[Tensor, " m"]) -> None:
-    if row.get("diverged"):
-        row["held_out_top1"] = row["held_out_top5"] = None
-    else:
-        row["held_out_top1"], row["held_out_top5"] = accuracy(ranked, labels)
 
 
 def select(rows: Sequence[dict]) -> int:

@@ -5,8 +5,8 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -17,25 +17,25 @@ from ssl_xcit.runtime.distributed import Distributed
 from ssl_xcit.runtime.files import write_text
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """What an evaluation measured, and everything that decided it."""
 
-    facts: dict
-    """The content of the JSON file."""
-    heading: Sequence[str] = ()
-    """Lines above the table: which network, which images."""
+    facts: dict  # the content of the JSON file
+    heading: Sequence[str] = ()  # lines above the table: which network, which images
+    # Title and width of each column of the table; the cells of a negative width begin at the left
     columns: Sequence[tuple[str, int]] = ()
-    """Title and width of each column, see `table`."""
-    rows: Iterable[Sequence[str]] = ()
-    """The cells of the table."""
-    notes: Sequence[str] = ()
-    """Lines below the table."""
+    rows: Iterable[Sequence[str]] = ()  # cells; those beyond the columns follow as they are
 
     def report(self, out: str | Path = "") -> dict:
         """Print the result, store its facts in `out` unless that is empty, and return them."""
-        lines = table(self.columns, self.rows) if self.columns else []
-        print("\n".join([*self.heading, *lines, *self.notes]))
+        lines = list(self.heading)
+        for row in [[title for title, _ in self.columns], *self.rows] if self.columns else []:
+            cells = [
+                cell.rjust(width) if width > 0 else cell.ljust(-width)
+                for cell, (_, width) in zip(row, self.columns, strict=False)
+            ]
+            lines.append("".join([*cells, *row[len(cells) :]]).rstrip())
+        print("\n".join(lines))
         if out:
             write_result(self.facts, out)
         return self.facts
@@ -44,32 +44,13 @@ class Result:
 def run_evaluation(
     measure: Callable[[Distributed], Result], device: str, out: str | Path = ""
 ) -> dict:
-    """The body of an evaluation's command: all ranks measure, and rank 0 reports.
-
-    Returns the facts of the result on every rank.
-    """
+    """All ranks measure, and rank 0 reports; the facts of the result, on every rank."""
     ranks = distributed.setup(device)
     try:
         result = measure(ranks)
     finally:
         distributed.teardown()
     return result.report(out) if ranks.rank == 0 else result.facts
-
-
-def table(columns: Sequence[tuple[str, int]], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a table: a head, then the rows.
-
-    Cells are aligned to the right within their column's width, to the left if that is negative.
-    What a row has beyond the columns follows as it is.
-    """
-    lines = []
-    for row in ([title for title, _ in columns], *rows):
-        cells = [
-            cell.rjust(width) if width > 0 else cell.ljust(-width)
-            for cell, (_, width) in zip(row, columns, strict=False)
-        ]
-        lines.append("".join([*cells, *row[len(columns) :]]).rstrip())
-    return lines
 
 
 def count_classes(images: Images) -> int:
@@ -115,8 +96,5 @@ def describe_subject(facts: dict) -> str:
 
 
 def write_result(result: dict, path: str | Path) -> None:
-    """Store `result` as JSON, complete or not at all.
-
-    Raises UserError when the disk refuses.
-    """
+    """Store `result` as JSON, complete or not at all. Raises UserError when the disk refuses."""
     write_text(Path(path), json.dumps(result, indent=1) + "\n")

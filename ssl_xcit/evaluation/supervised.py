@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from tqdm import tqdm
 
 from ssl_xcit.checkpoints.read import Weights, read
@@ -66,7 +65,6 @@ class Candidate(NamedTuple):
     weights: Weights
     model: ZooModel | None
     sha256: str | None  # of a file
-    resolution: int
     view: EvalView
     images: Images
     order: ClassOrder
@@ -104,10 +102,8 @@ def identify(path: Path, sha256: str | None, name: str = "") -> tuple[ZooModel |
         return model, []
     if hashed is not None:
         return model, [f"{path.name} is the published file of {hashed.name}, not of {model.name}"]
-    return model, [
-        f"{path.name} is not mmpretrain's file {model.checkpoint}: its sha256 begins with "
-        f"{sha256[:8]}"
-    ]
+    known = f"mmpretrain's file {model.checkpoint}"
+    return model, [f"{path.name} is not {known}: its sha256 begins with {sha256[:8]}"]
 
 
 def _read(
@@ -136,11 +132,11 @@ def _read(
     check_channels(weights.in_chans, images)
     order = class_order(images, weights.num_classes, config.classes)
     warnings += [order.warning] if order.warning else []
-    return Candidate(weights, model, sha256, resolution, view, images, order, warnings)
+    return Candidate(weights, model, sha256, view, images, order, warnings)
 
 
 def _evaluate_file(config: SupervisedConfig, ranks: Distributed) -> Result:
-    """The result of --checkpoint: lines for people, the last one the JSON for programs."""
+    """--checkpoint: lines for people, the last one the JSON for programs."""
     config = settled(config, ranks)
     path = Path(config.checkpoint)
     candidate = _read(config, path, _sha256(path) if path.is_file() else None)
@@ -165,34 +161,28 @@ def _evaluate_file(config: SupervisedConfig, ranks: Distributed) -> Result:
 
 
 def _evaluate(candidate: Candidate, config: SupervisedConfig, ranks: Distributed) -> dict:
-    """Facts of one checkpoint's result, the same on every rank.
-
-    Raises NotFiniteError, on all ranks alike, for logits that are not finite.
-    """
+    """Facts of one result, on every rank. Raises NotFiniteError, on all ranks alike."""
     start = time.perf_counter()
-    weights, model, view = candidate.weights, candidate.model, candidate.view
-    loader = evaluation_loader(
-        candidate.images, view, config.batch_size, ranks, num_threads=config.num_workers
-    )
+    weights, model, sha256, view, images, order, warnings = candidate
+    threads = config.num_workers
+    loader = evaluation_loader(images, view, config.batch_size, ranks, num_threads=threads)
     hidden = ranks.rank > 0 or not sys.stderr.isatty()
     batches = tqdm(loader, unit="batch", leave=False, disable=hidden)
     network = weights.build().to(ranks.device)
-    outputs = candidate.order.outputs
-    hits = count_hits(network, batches, weights.statistics, ranks, config.precision, outputs)
+    hits = count_hits(network, batches, weights.statistics, ranks, config.precision, order.outputs)
     if hits.not_finite:
         raise NotFiniteError(
             f"the logits of {hits.not_finite} images are not finite: the weights are damaged"
             + ("" if config.precision == "fp32" else f", or too large for {config.precision}")
         )
-    assert hits.images == len(candidate.images), "an image was read twice or not at all"
+    assert hits.images == len(images), "an image was read twice or not at all"
     measured = hits.percent()
     intervals = [wilson_interval(n, hits.images) for n in (hits.first, hits.within_five)]
     published = difference = None
-    if model and candidate.resolution == model.image_size:
+    if model and view.size == model.image_size:
         values = model.published(config.preprocess == "full-crop")
         published = dict(zip(measured, values, strict=True))
         difference = {key: round(measured[key] - published[key], 4) for key in measured}
-    sha256 = candidate.sha256
     return {
         "model": model.name if model else None,
         "arch": weights.arch,
@@ -209,12 +199,12 @@ def _evaluate(candidate: Candidate, config: SupervisedConfig, ranks: Distributed
         "published": published,
         "difference": difference,
         "images": hits.images,
-        "resolution": candidate.resolution,
+        "resolution": view.size,
         "preprocess": {"name": config.preprocess, **describe_view(view, *weights.statistics)},
         "precision": config.precision,
-        "data": describe_images(candidate.images),
-        "classes_checked_by": candidate.order.checked,
-        "warnings": candidate.warnings,
+        "data": describe_images(images),
+        "classes_checked_by": order.checked,
+        "warnings": warnings,
         "seconds": round(time.perf_counter() - start, 3),
         **describe_machine(ranks),
     }
@@ -247,12 +237,11 @@ def _evaluate_folder(config: SupervisedConfig, ranks: Distributed) -> Result:
     for path in files:
         entry = {"file": path.name} | _evaluate_one(path, images, done, config, ranks)
         report["files"].append(entry)
+        done.pop(path.name, None)
         if ranks.rank == 0:
             print(_progress(entry), flush=True)
             # Earlier results whose turn has not come yet must survive a kill
-            seen = {entry["file"] for entry in report["files"]}
-            left = [entry for name, entry in done.items() if name not in seen]
-            write_result(report | {"files": report["files"] + left}, out)
+            write_result(report | {"files": [*report["files"], *done.values()]}, out)
             write_text(out.with_suffix(".md"), results_markdown(report))
     failed = [entry for entry in report["files"] if entry["status"] == "failed"]
     if failed:
@@ -269,14 +258,20 @@ def _evaluate_one(
     """A file's result with "status" done; or status "failed" or "skipped" and a "reason"."""
     error, found = "", None
     try:
-        found = _prepare(path, images, done, config)
+        sha256 = _sha256(path)
+        if identify(path, sha256)[0] is None:
+            reason = "neither name nor sha256 of a published model"
+            found = {"status": "skipped", "reason": reason}
+        elif path.name in done and done[path.name]["sha256"] == sha256:
+            found = done[path.name]
+        else:
+            found = _read(config, path, sha256, images)
     except UserError as problem:
         error = str(problem)
     except OSError as problem:
         error = f"{path} cannot be read: {problem.strerror}"
     # If one rank cannot read it, none evaluates it: the others would wait forever
-    failed = distributed.gather_variable(torch.tensor([bool(error)], dtype=torch.uint8))
-    if failed.any():
+    if distributed.any_rank(bool(error)):
         return {"status": "failed", "reason": error or "another rank could not read it"}
     if isinstance(found, dict):
         return found
@@ -286,21 +281,8 @@ def _evaluate_one(
         return {"status": "failed", "reason": f"{path}: {problem}"}
 
 
-def _prepare(path: Path, images: Images, done: dict, config: SupervisedConfig) -> Candidate | dict:
-    """The file, read; or its entry, if there is nothing to do. Raises UserError and OSError."""
-    sha256 = _sha256(path)
-    if identify(path, sha256)[0] is None:
-        return {"status": "skipped", "reason": "neither name nor sha256 of a published model"}
-    if path.name in done and done[path.name]["sha256"] == sha256:
-        return done[path.name]
-    return _read(config, path, sha256, images)
-
-
 def _earlier_report(out: Path) -> tuple[dict, dict[str, dict]]:
-    """Settings and finished entries, by file name, of a report in `out`; empty if there is none.
-
-    Raises UserError if it is something else.
-    """
+    """Settings and finished entries, by file name, of a report in `out`; empty if there is none."""
     if not out.exists():
         return {}, {}
     try:

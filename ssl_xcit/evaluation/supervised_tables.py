@@ -43,11 +43,10 @@ def compare_zoo() -> Result:
     equal = sum(row["equal"] for row in rows)
     summary = f"parameters and FLOPs equal to the published integers: {equal} of {len(rows)}"
     facts = {"models": rows, "equal": equal}
-    return Result(facts, [GROUPS], COLUMNS, map(_cells, rows), [summary])
+    return Result(facts, [GROUPS], COLUMNS, [*map(_cells, rows), [summary]])
 
 
 def _cells(row: dict) -> list[str]:
-    """A published model's row."""
     return [
         row["model"],
         *(f"{row[key]:,}" for key in ("params", "published_params")),

@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 from ssl_xcit.runtime import draws
 
 TRIES = 10
-# Counters of `random_erase`'s draws; a rectangle takes two per try, from 1 on
+# Counters of `random_erase`'s draws; a rectangle takes two per try, from 1 on, the noise all others
 APPLY, TOP, LEFT, NOISE = 0, 1 + 2 * TRIES, 2 + 2 * TRIES, 64
 
 
@@ -56,13 +56,8 @@ class Mixing:
 
     The kind, lambda and the rectangle are drawn once for the whole batch, as in timm's "batch"
     mode, by torch's CPU generator, which is seeded by the batch's key and restored afterwards: a
-    CPU and a GPU mix alike.
-
-    Args:
-        num_classes: length of a target.
-        mixup, cutmix: the a of either; 0 = never.
-        prob: of mixing.
-        switch_prob: of CutMix, if both are on.
+    CPU and a GPU mix alike. `mixup` and `cutmix` are the a of either, 0 = never; `prob` is the
+    probability of mixing, `switch_prob` that of CutMix if both are on.
     """
 
     def __init__(
@@ -102,16 +97,12 @@ def random_erase(
         box = _rectangle(uniform, height, width) if uniform[APPLY] < probability else None
         if box is not None:
             top, left, h, w = box
-            noise = normal(key, len(image) * h * w).view(len(image), h, w)
+            counters = NOISE + torch.arange(2 * len(image) * h * w, device=key.device)
+            radius, angle = draws.uniform(key[None], counters).view(2, len(image), h, w)
+            # Standard normal (Box and Muller, 1958)
+            noise = (-2 * torch.log1p(-radius)).sqrt() * torch.cos(2 * math.pi * angle)
             image[:, top : top + h, left : left + w] = noise
     return images
-
-
-def normal(key: Int64[Tensor, ""], count: int) -> Float32[Tensor, " count"]:
-    """`count` standard normal draws of a key (Box and Muller, 1958), from counter NOISE on."""
-    counters = NOISE + torch.arange(2 * count, device=key.device)
-    radius, angle = draws.uniform(key[None], counters).view(2, count)
-    return (-2 * torch.log1p(-radius)).sqrt() * torch.cos(2 * math.pi * angle)
 
 
 def _rectangle(uniform: list[float], height: int, width: int) -> tuple[int, int, int, int] | None:

@@ -20,22 +20,16 @@ class WeightAverage:
         self.network = copy.deepcopy(network).requires_grad_(False).eval()
 
     @torch.no_grad()
-    def update(self, network: nn.Module, skip: Bool[Tensor, ""] | None = None) -> None:
+    def update(self, network: nn.Module, skip: Bool[Tensor, ""]) -> None:
         """Move towards `network`, unless `skip` is true; does not wait for a GPU."""
-        if skip is not None and skip.device.type == "cpu":
-            if skip:
-                return
-            skip = None
         ours, theirs = self.network.state_dict(), network.state_dict()
         floats = [name for name, tensor in ours.items() if tensor.is_floating_point()]
-        if skip is None:
-            weight = 1 - self.decay
-            torch._foreach_lerp_([ours[n] for n in floats], [theirs[n] for n in floats], weight)
-        else:
-            steps = torch._foreach_sub([theirs[n] for n in floats], [ours[n] for n in floats])
+        averages, weights = ([state[name] for name in floats] for state in (ours, theirs))
+        if skip.device.type != "cpu":
+            steps = torch._foreach_sub(weights, averages)
             torch._foreach_mul_(steps, torch.where(skip, 0.0, 1 - self.decay))
-            torch._foreach_add_([ours[n] for n in floats], steps)
+            torch._foreach_add_(averages, steps)
+        elif not skip:
+            torch._foreach_lerp_(averages, weights, 1 - self.decay)
         for name in ours.keys() - set(floats):
-            ours[name].copy_(
-                theirs[name] if skip is None else torch.where(skip, ours[name], theirs[name])
-            )
+            ours[name].copy_(torch.where(skip, ours[name], theirs[name]))

@@ -1,12 +1,11 @@
 """Distillation (DeiT, Touvron et al., 2021, section 4): its loss and its teachers."""
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ssl_xcit.checkpoints.formats import Statistics
 from ssl_xcit.checkpoints.read import read
 from ssl_xcit.data.pixels import IMAGENET_MEAN, IMAGENET_STD
 from ssl_xcit.runtime.errors import UserError
@@ -32,18 +31,12 @@ def distillation_loss(
 class Teacher(nn.Module):
     """A frozen classifier that takes images normalised for the student; always in eval mode."""
 
-    def __init__(
-        self,
-        network: nn.Module,
-        own: tuple[Sequence[float], Sequence[float]],
-        theirs: tuple[Sequence[float], Sequence[float]],
-    ) -> None:
-        """`own`, `theirs`: mean and standard deviation of the teacher's and student's images."""
+    def __init__(self, network: nn.Module, own: Statistics, student: Statistics) -> None:
+        """`own`, `student`: mean and standard deviation of the images of either."""
         super().__init__()
         self.network = network.requires_grad_(False).eval()
-        mean, std, student_mean, student_std = (
-            torch.tensor(values).view(-1, 1, 1) for values in (*own, *theirs)
-        )
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in own)
+        student_mean, student_std = (torch.tensor(values).view(-1, 1, 1) for values in student)
         self.register_buffer("scale", student_std / std)
         self.register_buffer("shift", (student_mean - mean) / std)
 
@@ -53,23 +46,18 @@ class Teacher(nn.Module):
         return self.network(images * self.scale + self.shift)
 
 
-def load_teacher(
-    path: str,
-    arch: str,
-    num_classes: int,
-    student_statistics: tuple[Sequence[float], Sequence[float]],
-) -> Teacher:
+def load_teacher(path: str, arch: str, num_classes: int, student: Statistics) -> Teacher:
     """The classifier in the file or run `path`: torchvision's if `arch` is "torchvision:NAME".
 
-    Raises UserError for a file that is no such network, has no classifier, or other classes or
-    channels.
+    `student`: mean and standard deviation of the student's images. Raises UserError for a file that
+    is no such network, has no classifier, or other classes or channels.
     """
-    channels = len(student_statistics[0])
+    channels = len(student[0])
     if arch:
         if channels != 3:
             raise UserError(f"{arch} takes images of 3 channels, these have {channels}")
         network = _torchvision(arch.removeprefix("torchvision:"), path, num_classes)
-        return Teacher(network, (IMAGENET_MEAN, IMAGENET_STD), student_statistics)
+        return Teacher(network, (IMAGENET_MEAN, IMAGENET_STD), student)
     weights = read(path)
     if weights.num_classes != num_classes:
         raise UserError(
@@ -78,17 +66,16 @@ def load_teacher(
         )
     if weights.in_chans != channels:
         raise UserError(f"the teacher {weights.path} takes images of {weights.in_chans} channels")
-    return Teacher(weights.build(), weights.statistics, student_statistics)
+    return Teacher(weights.build(), weights.statistics, student)
 
 
 def _torchvision(name: str, path: str, num_classes: int) -> nn.Module:
     from torchvision import models  # seconds to import, and most runs have no such teacher
 
-    if name not in models.list_models(module=models):
-        raise UserError(
-            f"torchvision has no classifier called {name}; it has "
-            f"{', '.join(models.list_models(module=models)[:5])} and others"
-        )
+    known = models.list_models(module=models)
+    if name not in known:
+        few = ", ".join(known[:5])
+        raise UserError(f"torchvision has no classifier called {name}; it has {few} and others")
     network = models.get_model(name, weights=None, num_classes=num_classes)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

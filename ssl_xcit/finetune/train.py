@@ -78,7 +78,7 @@ class Finetuning(Task):
         check_channels(self.data.channels, self.test)
         self.num_classes = count_classes(self.data)
         self.start = starting_point(config, self.num_classes, self.data.channels)
-        self.statistics = self.start.mean, self.start.std
+        self.statistics = self.start.statistics
         if ranks.rank == 0:
             print("\n".join(self.start.report))
         network = share_batch_statistics(self.start.network, ranks, config.run.sync_bn)
@@ -96,9 +96,9 @@ class Finetuning(Task):
         )
         self.teacher = None
         if targets.distill != "none":
-            self.teacher = load_teacher(
-                targets.teacher, targets.teacher_arch, self.num_classes, self.statistics
-            ).to(ranks.device)
+            path, arch = targets.teacher, targets.teacher_arch
+            teacher = load_teacher(path, arch, self.num_classes, self.statistics)
+            self.teacher = teacher.to(ranks.device)
         self._open_loaders()
 
     def _open_loaders(self) -> None:
@@ -113,8 +113,8 @@ class Finetuning(Task):
             accumulation_steps=config.optim.accumulation_steps,
             num_threads=config.run.num_workers,
             dtype=self.prepare.dtype,
-            mean=self.start.mean,
-            std=self.start.std,
+            mean=self.statistics[0],
+            std=self.statistics[1],
         )
         if self.steps_per_epoch == 0:
             raise UserError(
@@ -135,15 +135,11 @@ class Finetuning(Task):
 
     def hyperparameters(self, step: int) -> dict[str, float]:
         """Learning rate and weight decay at `step`. (XCiT's code updates once per epoch.)"""
-        optim = self.config.optim
+        optim, steps = self.config.optim, self.total_steps
         peak = optim.lr * self.global_batch / optim.lr_batch
         warmup = optim.warmup_epochs * self.steps_per_epoch
-        return {
-            "lr": schedules.cosine(
-                step, peak, optim.min_lr, self.total_steps, warmup, optim.warmup_lr
-            ),
-            "weight_decay": optim.weight_decay,
-        }
+        lr = schedules.cosine(step, peak, optim.min_lr, steps, warmup, optim.warmup_lr)
+        return {"lr": lr, "weight_decay": optim.weight_decay}
 
     def loss(
         self, batch: tuple[Tensor, ...], step: int, micro: int, now: dict[str, float]
@@ -152,17 +148,14 @@ class Finetuning(Task):
         targets = self.config.targets
         place = self.loader.place(micro)
         images, answers, keys = self.prepare(batch, step // self.steps_per_epoch, step, place)
-        teacher_logits = None
         with self.autocast():
             logits = self.model(images, keys).float()
-            if self.teacher is not None:
-                teacher_logits = self.teacher(images).float()
         loss = F.cross_entropy(logits, answers, label_smoothing=targets.label_smoothing)
-        if teacher_logits is not None:
-            taught = distillation_loss(
-                targets.distill, logits, teacher_logits, targets.distill_temp
-            )
-            loss = (1 - targets.distill_alpha) * loss + targets.distill_alpha * taught
+        if self.teacher is not None:
+            with self.autocast():
+                taught = self.teacher(images).float()
+            distilled = distillation_loss(targets.distill, logits, taught, targets.distill_temp)
+            loss = (1 - targets.distill_alpha) * loss + targets.distill_alpha * distilled
         return StepLoss(loss)
 
     def after_update(
@@ -189,12 +182,11 @@ class Finetuning(Task):
         if self.average is not None:
             networks["ema_"] = self.average.network
         found = {}
+        precision = self.config.run.precision
         for name, network in networks.items():
             batches = Checked(self.test_loader, check)
             with evaluating(network):
-                hits = count_hits(
-                    network, batches, self.statistics, self.ranks, self.config.run.precision
-                )
+                hits = count_hits(network, batches, self.statistics, self.ranks, precision)
             found |= {f"test/{name}{key}": value for key, value in hits.percent().items()}
         return found
 
@@ -215,11 +207,11 @@ class Finetuning(Task):
         """What a reader of a checkpoint needs to classify images."""
         names = self.data.class_names
         return {
-            "arch": self.start.arch,
+            "arch": self.start.facts["arch"],
             "num_classes": self.num_classes,
             "class_names": list(names) if names else None,
-            "mean": self.start.mean,
-            "std": self.start.std,
+            "mean": self.statistics[0],
+            "std": self.statistics[1],
             "image_size": self.config.views.image_size,
         }
 
@@ -228,7 +220,7 @@ class Finetuning(Task):
         config = self.config
         size = sum(p.numel() for p in self.bare_model.parameters()) / 1e6
         return (
-            f"{self.start.arch} ({size:.1f} M parameters, {self.num_classes} classes) on "
+            f"{self.start.facts['arch']} ({size:.1f} M parameters, {self.num_classes} classes) on "
             f"{self.ranks.device} x {self.ranks.world_size}: {config.optim.epochs} epochs of "
             f"{self.steps_per_epoch} steps, {self.global_batch} views a step"
         )

@@ -20,12 +20,9 @@ Points = Sequence[tuple[Value, Value | None]]
 
 
 class Series(NamedTuple):
-    """A line: (step, value) by increasing step; None marks a value that is not finite.
+    """A line: (step, value) by increasing step; None marks a value that is not finite."""
 
-    The only line of a chart needs no label.
-    """
-
-    label: str
+    label: str  # may be empty if the chart has no other line
     points: Points
 
 
@@ -52,9 +49,9 @@ class Point(NamedTuple):
     high: Value | None
 
 
-def thinned(points: Points, most: int = MOST_POINTS) -> list[Point]:
-    """At most `most` points, each of a group of equal size: its last step, mean and range."""
-    size = -(-len(points) // most)
+def thinned(points: Points) -> list[Point]:
+    """At most MOST_POINTS, each of a group of equal size: its last step, mean and range."""
+    size = -(-len(points) // MOST_POINTS)
     kept = []
     for start in range(0, len(points), size):
         group = points[start : start + size]
@@ -64,9 +61,9 @@ def thinned(points: Points, most: int = MOST_POINTS) -> list[Point]:
     return kept
 
 
-def ticks(low: Value, high: Value, count: int = 4) -> list[Value]:
-    """About `count` round numbers in [low, high]: multiples of 1, 2 or 5 x 10^n."""
-    rough = (high - low) / count
+def ticks(low: Value, high: Value) -> list[Value]:
+    """About four round numbers in [low, high]: multiples of 1, 2 or 5 x 10^n."""
+    rough = (high - low) / 4
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(unit * m for m in (1, 2, 5, 10) if unit * m >= rough * 0.999)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
@@ -109,16 +106,10 @@ def _finite(points: Sequence[Point]) -> list[Point]:
     return [point for point in points if point.value is not None]
 
 
-class _Frame(NamedTuple):
+class _Frame:
     """Maps steps and values to coordinates of the drawing."""
 
-    first: Value
-    last: Value
-    low: Value
-    high: Value
-
-    @classmethod
-    def of(cls, chart: Chart, lines: list[tuple[str, list[Point]]]) -> "_Frame":
+    def __init__(self, chart: Chart, lines: list[tuple[str, list[Point]]]) -> None:
         steps = [point.step for _, points in lines for point in points]
         finite = [point for _, points in lines for point in _finite(points)]
         values = [value for point in finite for value in (point.low, point.high)]
@@ -129,20 +120,21 @@ class _Frame(NamedTuple):
             room = abs(high) / 2 or 0.5
         else:
             room = 0.0 if chart.limits else 0.04 * (high - low)
-        first, last = min(steps), max(steps)
-        return cls(first, last if last > first else first + 1, low - room, high + room)
+        self.low, self.high = low - room, high + room
+        self.first, self.last = min(steps), max(steps)
+        if self.last == self.first:
+            self.last += 1
 
     def x(self, step: Value) -> float:
         return LEFT + (WIDTH - LEFT - RIGHT) * (step - self.first) / (self.last - self.first)
 
     def y(self, value: Value) -> float:
-        return (
-            HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value - self.low) / (self.high - self.low)
-        )
+        height = HEIGHT - TOP - BOTTOM
+        return HEIGHT - BOTTOM - height * (value - self.low) / (self.high - self.low)
 
 
 def _svg(chart: Chart, lines: list[tuple[str, list[Point]]]) -> str:
-    frame = _Frame.of(chart, lines)
+    frame = _Frame(chart, lines)
     parts = [_axes(chart, frame)]
     data = []
     for i, (_, points) in enumerate(lines):
@@ -164,7 +156,12 @@ def _svg(chart: Chart, lines: list[tuple[str, list[Point]]]) -> str:
                 "text": [number(point.value, chart.percent) for point in finite],
             }
         )
-    parts.append(_level(chart, frame))
+    if chart.reference:  # over the lines, so that its label stays legible
+        right, y = WIDTH - RIGHT, frame.y(chart.reference[0])
+        parts += (
+            f'<line class="level" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>',
+            f'<text class="level" x="{right}" y="{y - 5:.1f}">{escape(chart.reference[1])}</text>',
+        )
     described = "; ".join(_in_words(label, points, chart.percent) for label, points in lines)
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" data-lines="'
@@ -197,28 +194,14 @@ def _axes(chart: Chart, frame: _Frame) -> str:
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="y" x="{LEFT - 6}" y="{y + 4:.1f}">{text}</text>')
     for step in ticks(frame.first, frame.last):
-        x = frame.x(step)
         if step != round(step):
             continue
         text = f"{step / 1000:,g}k" if step >= 10_000 and step % 100 == 0 else f"{step:,.0f}"
+        x, below = min(frame.x(step), right), floor + 16
         side = "end" if x > right - 12 else "middle"
-        parts.append(
-            f'<text class="x" x="{min(x, right):.1f}" y="{floor + 16}" text-anchor="{side}">{text}'
-            "</text>"
-        )
+        parts.append(f'<text class="x" x="{x:.1f}" y="{below}" text-anchor="{side}">{text}</text>')
     parts.append(f'<line class="floor" x1="{LEFT}" x2="{right}" y1="{floor}" y2="{floor}"/>')
     return "".join(parts)
-
-
-def _level(chart: Chart, frame: _Frame) -> str:
-    """The reference level; drawn over the lines, so that its label stays legible."""
-    if chart.reference is None:
-        return ""
-    right, y = WIDTH - RIGHT, frame.y(chart.reference[0])
-    return (
-        f'<line class="level" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        f'<text class="level" x="{right}" y="{y - 5:.1f}">{escape(chart.reference[1])}</text>'
-    )
 
 
 def _in_words(label: str, points: Sequence[Point], percent: bool) -> str:
@@ -226,7 +209,6 @@ def _in_words(label: str, points: Sequence[Point], percent: bool) -> str:
     values = [point.value for point in _finite(points)]
     if not values:
         return f"{label} is never finite".strip()
-    first, last, low, high = (
-        number(value, percent) for value in (values[0], values[-1], min(values), max(values))
-    )
+    told = values[0], values[-1], min(values), max(values)
+    first, last, low, high = (number(value, percent) for value in told)
     return f"{label} from {first} to {last}, between {low} and {high}".strip()

@@ -82,20 +82,16 @@ RUNNING = [
 
 
 def curves(rows: Sequence[Values], prototypes: int | None) -> dict[str, list[Chart]]:
-    """Heading -> charts of the keys that the rows have.
-
-    `prototypes`: K of a pretraining; None for a fine-tuning.
-    """
+    """Heading -> charts of the keys that the rows have; `prototypes`: K, None in fine-tuning."""
     learning = [_loss(prototypes), *LEARNING, _entropy(prototypes or 1), *HEALTH]
     known = NOT_DRAWN.union(*(chart.keys for chart in learning + RUNNING))
     others = dict.fromkeys(key for row in rows for key in row if key not in known)
     running = [*RUNNING, *(Chart(key, "", {key: ""}) for key in others)]
-    groups = {"What it learns": learning, "How it runs": running}
-    drawn = {
-        heading: [found for chart in charts if (found := _with_lines(chart, rows)).series]
-        for heading, charts in groups.items()
-    }
-    return {heading: charts for heading, charts in drawn.items() if charts}
+    groups = {}
+    for heading, charts in (("What it learns", learning), ("How it runs", running)):
+        if drawn := [found for chart in charts if (found := _with_lines(chart, rows)).series]:
+            groups[heading] = drawn
+    return groups
 
 
 def _loss(prototypes: int | None) -> Chart:
@@ -123,14 +119,11 @@ def _entropy(prototypes: int) -> Chart:
 
 
 def _with_lines(chart: Chart, rows: Sequence[Values]) -> Chart:
-    """The chart with a line for each of its keys that the rows have.
-
-    A null, which stands for NaN or infinity, becomes None.
-    """
+    """The chart with a line for each of its keys that the rows have."""
     lines = []
     for key, label in chart.keys.items():
-        found = [(row["step"] + 1, row[key]) for row in rows if key in row]
-        if found:
+        if found := [(row["step"] + 1, row[key]) for row in rows if key in row]:
+            # None stands for NaN and infinity
             scaled = [(step, v if v is None else v * chart.scale) for step, v in found]
             lines.append(Series(label, scaled))
     few = 2 * max((len(line.points) for line in lines), default=0) <= len(rows)

@@ -7,7 +7,6 @@ configuration. Whatever a run has not logged or saved yet, its page says so or l
 
 import argparse
 import os
-import shlex
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,71 +26,48 @@ from ssl_xcit.runtime.files import new_file, read_metrics
 def write_report(run: Path, results: Sequence[Path] = (), device: str = "auto") -> Path:
     """Write `run`/report.html, complete or not at all, and return its path.
 
-    Args:
-        run: folder of a pretraining or fine-tuning.
-        results: JSON files of evaluations, or folders of them, besides those in the run folder.
-        device: where the network of the pictures runs.
-
-    Raises:
-        UserError: not a run folder, a path without results, or a page that cannot be written.
+    `results`: JSON files of evaluations, or folders of them, besides those in the run folder. The
+    network of the pictures runs on `device`. Raises UserError for what is no run folder, a path
+    without results, and a page that cannot be written.
     """
     config = read_run(run)
     rows = read_metrics(run / "metrics.jsonl")
     found = [*find_results(run, [run, run / "eval"]), *find_results(run, results, asked=True)]
     found = sorted(dict.fromkeys(found), key=_place)
-    text = page.document(
-        run.absolute().name, _facts(run, config, rows), _sections(run, config, rows, found, device)
-    )
+    pretraining = isinstance(config, TrainConfig)
+    settings = {name: options.as_text(v) for name, v in options.flat(config).items()}
+    sections = [
+        page.verdict_section(verdict(rows, config)) if pretraining and rows else "",
+        page.numbers_section(_numbers(rows, found)),
+        page.curves_section(curves(rows, config.head.out_dim if pretraining else None)),
+        _or_why("What the network sees", page.seen_sections, pictures.seen, run, config, device),
+    ]
+    if pretraining:
+        sections.append(_or_why("What it learns from", page.views_section, pictures.views, config))
+    sections += [
+        page.results_section(found),
+        page.settings_section(settings, _changed(config)),
+        page.environment_section(read_json(run / "environment.json")),
+    ]
     out = run / "report.html"
-    with new_file(out, overwrite=True) as file:
+    with new_file(out) as file:
+        text = page.document(run.absolute().name, _facts(run, config, rows), sections)
         file.write(text.encode())
     return out
 
 
-def _sections(
-    run: Path, config: Config, rows: list[dict], results: list[Result], device: str
-) -> list[str]:
-    """The page from top to bottom."""
-    pretraining = isinstance(config, TrainConfig)
-    prototypes = config.head.out_dim if pretraining else None
-    environment = read_json(run / "environment.json")
-    settings = {name: options.as_text(v) for name, v in options.flat(config).items()}
-
-    def seen() -> str:
-        return page.seen_sections(pictures.seen(run, config, device))
-
-    def views() -> str:
-        return page.views_section(pictures.views(config))
-
-    return [
-        page.verdict_section(verdict(rows, config)) if pretraining and rows else "",
-        page.numbers_section(_numbers(rows, results)),
-        page.curves_section(curves(rows, prototypes)),
-        _or_why("What the network sees", seen),
-        _or_why("What it learns from", views) if pretraining else "",
-        page.results_section(results),
-        page.settings_section(settings, _changed(config)),
-        page.environment_section(
-            _environment(environment), shlex.join(map(str, environment.get("command", [])))
-        ),
-    ]
-
-
-def _or_why(title: str, make: Callable[[], str]) -> str:
-    """The section that `make` makes, or one that says why there is none."""
+def _or_why(title: str, section: Callable, look: Callable, *arguments: object) -> str:
+    """The section that shows what `look` returns, or one that says why there is nothing."""
     try:
-        return make()
+        return section(look(*arguments))
     except UserError as error:
-        return page.missing_section(title, str(error))
+        return page.section(title, lead=f"No pictures: {error}")
 
 
 def _facts(run: Path, config: Config, rows: list[dict]) -> list[str]:
     """Architecture, data, state, progress."""
-    facts = [
-        config.arch or "architecture of --init",
-        Path(config.data).name,
-        describe_run(run, job_states())["state"],
-    ]
+    state = describe_run(run, job_states())["state"]
+    facts = [config.arch or "architecture of --init", Path(config.data).name, state]
     if rows:
         last = rows[-1]
         facts.append(f"epoch {last['epoch'] + 1} of {config.optim.epochs}")
@@ -129,26 +105,14 @@ def _changed(config: Config) -> frozenset[str]:
     needed = {name: getattr(config, name) for name in options.required(type(config))}
     if isinstance(config, FinetuneConfig):
         needed |= {"init": config.init, "from_scratch": config.from_scratch, "arch": config.arch}
-    default = options.flat(type(config)(**needed))
-    return frozenset(
-        k for k, v in options.flat(config).items() if k not in needed and v != default[k]
-    )
-
-
-def _environment(facts: Mapping[str, object]) -> dict[str, str]:
-    """The known facts of environment.json as text, without the command."""
-    told = {name: str(value) for name, value in facts.items() if value not in (None, 0, "")}
-    told.pop("command", None)
-    if "started" in told:
-        told["started"] = told["started"].replace("T", " ").replace("+00:00", " UTC")
-    return told
+    default, settings = options.flat(type(config)(**needed)), options.flat(config)
+    return frozenset(k for k, v in settings.items() if k not in needed and v != default[k])
 
 
 def _place(result: Result) -> tuple:
     """Sort key: k-NN, then linear probes, then the rest; the best of each first."""
-    kinds = ("k-NN", "linear", "")
-    kind = next(i for i, word in enumerate(kinds) if result.evaluation.startswith(word))
-    return kind, result.evaluation, -result.top1
+    name = result.evaluation
+    return not name.startswith("k-NN"), not name.startswith("linear"), name, -result.top1
 
 
 def find_results(run: Path, paths: Sequence[Path], asked: bool = False) -> Iterator[Result]:
@@ -212,13 +176,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="ssl-xcit report", description="Write RUN/report.html: the run as one page."
     )
     parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument(
-        "--results",
-        type=Path,
-        nargs="+",
-        default=[],
-        help="more evaluations: JSON files, or folders",
-    )
+    more = "more evaluations: JSON files, or folders"
+    parser.add_argument("--results", type=Path, nargs="+", default=[], help=more)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     arguments = parser.parse_args(argv)
     with exit_on_user_error():

@@ -1,5 +1,6 @@
 """The HTML of a report, a function for each section. All text is escaped."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
@@ -66,24 +67,24 @@ def numbers_section(numbers: Mapping[str, str]) -> str:
 def curves_section(groups: Mapping[str, Sequence[Chart]]) -> str:
     """Heading -> charts."""
     if not groups:
-        return _section("Curves", "", "Nothing has been logged yet.")
+        return section("Curves", lead="Nothing has been logged yet.")
     body = (
         f'<h3>{escape(heading)}</h3><div class="charts">{"".join(map(chart_html, charts))}</div>'
         for heading, charts in groups.items()
     )
-    return _section("Curves", "".join(body))
+    return section("Curves", "".join(body))
 
 
 def seen_sections(seen: Seen) -> str:
     """What the network sees in sample images, and their nearest neighbours."""
-    return _section(
+    return section(
         "What the network sees",
         _gallery("row", seen.sights),
         "Beside each sample: the first three principal components of its patch tokens as red, "
         "green and blue (patches of one colour look alike to the network), then the attention of "
         "each head of the last class-attention layer, from dark to light over its own range. The "
         f"network is {seen.network}.",
-    ) + _section(
+    ) + section(
         "Nearest neighbours",
         _gallery("row square", seen.queries),
         f"Beside each sample: the nearest of {seen.searched:,} images of {seen.where} by the "
@@ -93,7 +94,7 @@ def seen_sections(seen: Seen) -> str:
 
 def views_section(views: Sequence[Sequence[Shot]]) -> str:
     """Stored images and their views."""
-    return _section(
+    return section(
         "What it learns from",
         _gallery("strip", views),
         "The first images of the first epoch as stored, and the very views that training made of "
@@ -101,17 +102,11 @@ def views_section(views: Sequence[Sequence[Shot]]) -> str:
     )
 
 
-def missing_section(title: str, why: str) -> str:
-    """In place of pictures."""
-    return _section(title, "", f"No pictures: {why}")
-
-
 def results_section(results: Sequence[Result]) -> str:
     """The table of evaluations."""
     if not results:
-        return _section(
-            "Evaluations", "", "None in the run folder; --results FILE or FOLDER adds others."
-        )
+        none = "None in the run folder; --results FILE or FOLDER adds others."
+        return section("Evaluations", lead=none)
     head = (
         '<tr><th>Evaluation</th><th>Network</th><th class="figure">Top-1 %</th>'
         '<th class="figure">Top-5 %</th><th class="figure where">Test images</th></tr>'
@@ -127,37 +122,38 @@ def results_section(results: Sequence[Result]) -> str:
             f'<td class="figure">{top5}</td><td class="figure where">{images}</td></tr>'
         )
     table = f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>"
-    return _section("Evaluations", table)
+    return section("Evaluations", table)
 
 
 def settings_section(settings: Mapping[str, str], changed: frozenset[str]) -> str:
     """Dotted name -> value; those `changed` are in bold."""
-    sections: dict[str, list[str]] = {}
+    groups: dict[str, str] = {}
     for name, value in settings.items():
-        section, _, leaf = name.rpartition(".")
+        group, _, leaf = name.rpartition(".")
         mark = ' class="own"' if name in changed else ""
-        sections.setdefault(section or "run", []).append(
-            f"<dt>{_breakable(leaf)}</dt><dd{mark}>{_breakable(value)}</dd>"
-        )
+        row = f"<dt>{_breakable(leaf)}</dt><dd{mark}>{_breakable(value)}</dd>"
+        groups[group or "run"] = groups.get(group or "run", "") + row
     body = "".join(
-        f"<div><h3>{escape(name)}</h3><dl>{''.join(rows)}</dl></div>"
-        for name, rows in sections.items()
+        f"<div><h3>{escape(group)}</h3><dl>{rows}</dl></div>" for group, rows in groups.items()
     )
     lead = "Every setting; those that are not defaults are in bold."
-    return _section("Configuration", f'<div class="settings">{body}</div>', lead)
+    return section("Configuration", f'<div class="settings">{body}</div>', lead)
 
 
-def environment_section(environment: Mapping[str, str], command: str) -> str:
-    """The command, and what the run folder says of machine and versions."""
-    words = (
-        f"<span>{escape(word)}</span>" if word.startswith("-") else escape(word)
-        for word in command.split()
-    )
-    body = f"<pre>{' '.join(words)}</pre>" if command else ""
-    return _section("Where it ran", f'{body}<dl class="places">{_terms(environment)}</dl>')
+def environment_section(facts: Mapping[str, object]) -> str:
+    """What environment.json says of the command, the machine and the versions."""
+    told = {name: str(value) for name, value in facts.items() if value not in (None, 0, "")}
+    told.pop("command", None)
+    if "started" in told:
+        told["started"] = told["started"].replace("T", " ").replace("+00:00", " UTC")
+    words = (escape(shlex.quote(str(word))) for word in facts.get("command", ()))
+    command = " ".join(f"<span>{word}</span>" if word.startswith("-") else word for word in words)
+    body = f"<pre>{command}</pre>" if command else ""
+    return section("Where it ran", f'{body}<dl class="places">{_terms(told)}</dl>')
 
 
-def _section(title: str, body: str, lead: str = "") -> str:
+def section(title: str, body: str = "", lead: str = "") -> str:
+    """A heading, a sentence below it, and the rest as HTML."""
     lead = f'<p class="lead">{escape(lead)}</p>' if lead else ""
     return f"<section><h2>{escape(title)}</h2>{lead}{body}</section>"
 

@@ -75,17 +75,11 @@ def views(config: TrainConfig) -> list[list[Shot]]:
     for sample in first_samples(beton, recipe, min(VIEWED, len(beton)), config.seed, 0):
         if sample.stored is None:
             continue
-        stored = Shot(thumbnail(sample.stored), "stored", f"stored image {sample.index}")
-        made = [
-            Shot(
-                to_image(pixels),
-                name,
-                f"{name} view of image {sample.index}",
-                width=len(pixels) / largest,
-            )
-            for name, pixels in sample.views.items()
-        ]
-        rows.append([stored, *made])
+        row = [Shot(thumbnail(sample.stored), "stored", f"stored image {sample.index}")]
+        for name, pixels in sample.views.items():
+            alt = f"{name} view of image {sample.index}"
+            row.append(Shot(to_image(pixels), name, alt, width=len(pixels) / largest))
+        rows.append(row)
     return rows
 
 
@@ -104,15 +98,19 @@ def seen(run: Path, config: TrainConfig | FinetuneConfig, device: str = "auto") 
         subject.backbone.to(ranks.device)
         chosen = spread(len(samples), min(SAMPLES, -(-len(samples) // 2)))
         sights = [_sight(subject, samples, i, ranks) for i in chosen.tolist()]
-        among = spread(len(pool), _searched(subject, view.size, ranks))
+        searched = MOST_SEARCHED
+        if ranks.device.type == "cpu":  # fewer, the more each costs
+            backbone = subject.backbone
+            cost = count_operations(backbone, view.size, view.size, conventional=False)
+            searched = int(np.clip(CPU_BUDGET / cost.multiply_adds, LEAST_SEARCHED, MOST_SEARCHED))
+        among = spread(len(pool), searched)
         if samples is pool:  # an image is not its own neighbour
             among = np.setdiff1d(among, chosen)
         queries = _queries(subject, (samples, chosen), (pool, among), view, ranks)
     finally:
         distributed.teardown()
-    side = subject.backbone.patch_size
-    network = f"the {subject.facts['role']} after step {subject.facts['step']:,}"
-    network += f"; its patches are {side} x {side} pixels"
+    network = "the {role} after step {step:,}; its patches are {0} x {0} pixels"
+    network = network.format(subject.backbone.patch_size, **subject.facts)
     return Seen(network, sights, queries, len(among), Path(train_path).name)
 
 
@@ -123,21 +121,12 @@ def _sources(config: TrainConfig | FinetuneConfig) -> tuple[str, str, EvalView]:
     """
     if isinstance(config, FinetuneConfig):
         side = config.evaluation.eval_size or config.views.image_size
-        view = EvalView(config.evaluation.eval_resize or side, side)
-        return config.data, config.test, view
+        return config.data, config.test, EvalView(config.evaluation.eval_resize or side, side)
     probe, side = config.probe, config.crops.global_crops_size
     if probe.probe_train and probe.probe_test:
         view = EvalView(probe.probe_resize, probe.probe_crop)
         return probe.probe_train, probe.probe_test, view
     return config.data, config.data, EvalView(round(side * 256 / 224), side)
-
-
-def _searched(subject: Subject, side: int, ranks: Distributed) -> int:
-    """How many images to search: on a CPU fewer, the more each costs."""
-    if ranks.device.type != "cpu":
-        return MOST_SEARCHED
-    cost = count_operations(subject.backbone, side, side, conventional=False).multiply_adds
-    return int(np.clip(CPU_BUDGET / cost, LEAST_SEARCHED, MOST_SEARCHED))
 
 
 def _sight(subject: Subject, images: Images, index: int, ranks: Distributed) -> list[Shot]:
@@ -147,14 +136,13 @@ def _sight(subject: Subject, images: Images, index: int, ranks: Distributed) -> 
     rows, columns, _ = a.tokens.shape
     colours = colour_picture(PatchColours.fit([a])(a.tokens))
     described = "its patch tokens: the first three principal components as red, green and blue"
-    heads = [
-        Shot(picture, f"head {k + 1}", f"where head {k + 1} looks in it", photo=False)
-        for k, picture in enumerate(attention_pictures(a.attention))
-    ]
     return [
         Shot(to_image(a.picture.pixels), _label(images, index) or "image", f"sample image {index}"),
         Shot(colours, f"{columns} x {rows} patches", described, photo=False),
-        *heads,
+        *(
+            Shot(picture, f"head {k}", f"where head {k} looks in it", photo=False)
+            for k, picture in enumerate(attention_pictures(a.attention), 1)
+        ),
     ]
 
 
@@ -166,18 +154,11 @@ def _queries(
     ranks: Distributed,
 ) -> list[list[Shot]]:
     """Each sample and its nearest images of the pool by the cosine of their cls tokens."""
+    how = {"mean": subject.mean, "std": subject.std}
+    how["dtype"] = torch.float32 if ranks.device.type == "cpu" else torch.uint8
     features = []
     for images, subset in (samples, pool):
-        loader = evaluation_loader(
-            images,
-            view,
-            64,
-            ranks,
-            mean=subject.mean,
-            std=subject.std,
-            dtype=torch.float32 if ranks.device.type == "cpu" else torch.uint8,
-            subset=subset,
-        )
+        loader = evaluation_loader(images, view, 64, ranks, subset=subset, **how)
         found = extract_features(subject.backbone, loader, ("cls",), ranks.device, "fp32")
         features.append(found["cls"])
     asked, known = features
@@ -189,15 +170,10 @@ def _queries(
         shots = [Shot(sample, label or "sample", f"sample image {index}")]
         for cosine, place in zip(cosines[row].tolist(), nearest[row].tolist(), strict=True):
             other = int(known.indices[place])
-            name = _label(pool[0], other)
-            shots.append(
-                Shot(
-                    thumbnail(_pixels(pool[0], other)),
-                    f"{name} {cosine:.3f}".strip(),
-                    f"{name or 'image'} {other}, cosine {cosine:.3f}",
-                    same=name == label if name and label else None,
-                )
-            )
+            name, image = _label(pool[0], other), thumbnail(_pixels(pool[0], other))
+            alt = f"{name or 'image'} {other}, cosine {cosine:.3f}"
+            same = name == label if name and label else None
+            shots.append(Shot(image, f"{name} {cosine:.3f}".strip(), alt, same=same))
         queries.append(shots)
     return queries
 
@@ -225,11 +201,7 @@ def thumbnail(pixels: UInt8[np.ndarray, "h w c"]) -> Image.Image:
 
 def data_uri(image: Image.Image, photo: bool) -> str:
     """The image as a data URI: large photos as JPEG, small ones and maps as PNG."""
-    jpeg = photo and image.width * image.height > 64 * 64
+    kind = "jpeg" if photo and image.width * image.height > 64 * 64 else "png"
     buffer = io.BytesIO()
-    if jpeg:
-        image.save(buffer, "JPEG", quality=85)
-    else:
-        image.save(buffer, "PNG", optimize=True)
-    kind = "jpeg" if jpeg else "png"
+    image.save(buffer, kind, quality=85, optimize=kind == "png")
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -45,33 +45,24 @@ def write_preview(
     seed: int = 0,
     epoch: int = 0,
 ) -> tuple[int, int, int]:
-    """Draw the views of a .beton file's images into the PNG `out`, complete or not at all.
+    """Draw at most `images` of a .beton file with the views of a training into the PNG `out`.
 
-    Args:
-        path: the .beton file.
-        out: the picture; an existing one is replaced.
-        crops: settings of the views, by default DINO's.
-        images: at most so many.
-        seed, epoch: of the training whose views are drawn.
+    `crops`: settings of the views, by default DINO's. An existing picture is replaced, whole or not
+    at all. Returns the number of images, and the picture's width and height in pixels.
 
-    Returns:
-        number of images, width and height of the picture.
-
-    Raises:
-        UserError: a bad argument, an unreadable file, too large a picture, or an `out` that cannot
-            be written.
+    Raises UserError for a bad argument, an unreadable file, too large a picture, and an `out` that
+    cannot be written.
     """
-    out = Path(out)
+    out, crops = Path(out), crops or Crops()
     if out.suffix.lower() != ".png":
         raise UserError(f"{out}: a preview is a PNG, expected a name that ends in .png")
     for name, value, least in (("images", images, 1), ("seed", seed, 0), ("epoch", epoch, 0)):
         if not least <= value < 2**63:
             raise UserError(f"{name} must be in [{least}, 2^63), got {value}")
     beton = Beton(path)
-    recipe = dino_views(**(crops or Crops()).view_arguments())
     images = min(images, len(beton))
-    picture = draw_views(beton, recipe, images, seed, epoch)
-    with new_file(out, overwrite=True) as file:
+    picture = draw_views(beton, dino_views(**crops.view_arguments()), images, seed, epoch)
+    with new_file(out) as file:
         picture.save(file, "PNG")
     return images, *picture.size
 
@@ -115,16 +106,15 @@ def first_samples(beton: Beton, recipe: Recipe, images: int, seed: int, epoch: i
     loader.set_epoch(epoch)
     *groups, indices = next(iter(loader))
     loader.close()
-    names = [
-        f"{kind} {k + 1}"
-        for kind, group in zip(("global", "local"), groups, strict=True)
-        for k in range(len(group))
-    ]
     samples = []
     for row, index in enumerate(indices.tolist()):
-        views = (view[row].movedim(0, -1).numpy() for group in groups for view in group)
+        views = {
+            f"{kind} {k}": view[row].movedim(0, -1).numpy()
+            for kind, group in zip(("global", "local"), groups, strict=True)
+            for k, view in enumerate(group, 1)
+        }
         stored = None if index in loader.corrupt else beton.decode(index)
-        samples.append(Sample(index, stored, dict(zip(names, views, strict=True))))
+        samples.append(Sample(index, stored, views))
     return samples
 
 
@@ -137,11 +127,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("file", help=".beton file")
     parser.add_argument("--out", required=True, metavar="PNG", help="picture to write or replace")
     parser.add_argument("--images", type=int, default=8, metavar="N", help="how many (8)")
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
-        help="settings of the views: a recipe of configs/ or a run's config.yaml (default: DINO's)",
-    )
+    views = "settings of the views: a recipe of configs/ or a run's config.yaml (default: DINO's)"
+    parser.add_argument("--config", metavar="FILE", help=views)
     parser.add_argument("--seed", type=int, default=0, help="random seed of the training (0)")
     parser.add_argument("--epoch", type=int, default=0, help="epoch of the training (0)")
     args = parser.parse_args(argv)

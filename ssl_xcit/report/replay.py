@@ -24,10 +24,9 @@ from ssl_xcit.report.runs import read_json, read_run
 from ssl_xcit.runtime import distributed
 from ssl_xcit.runtime.errors import UserError, exit_on_user_error
 from ssl_xcit.training.saving import restore
-from ssl_xcit.training.task import Task
 
 
-def replay(run: Path) -> list[dict]:
+def replay(run: Path) -> Iterator[dict]:
     """For each micro-batch of the captured step: loss, images, what is not finite.
 
     Raises UserError if the run has left no bad step.
@@ -36,15 +35,21 @@ def replay(run: Path) -> list[dict]:
     if found is None:
         why = "; ".join(skipped) or "it has not given up"
         raise UserError(f"{run} holds no bad step: {why}")
-    task = _open(run)
+    config = read_run(run)
+    # In this one process as many micro-batches as all ranks had
+    global_batch = read_json(run / "run.json")["global_batch"]
+    micro_batches = global_batch // config.optim.batch_size_per_gpu
+    optim = dataclasses.replace(config.optim, accumulation_steps=micro_batches)
+    method = Pretraining if isinstance(config, TrainConfig) else Finetuning
+    ranks = distributed.setup(config.run.device)
+    task = method(dataclasses.replace(config, optim=optim), ranks)
     restore(task, found.tensors)
     step, images = found.state["step"], found.state["images"]
     epoch, step_in_epoch = divmod(step, task.steps_per_epoch)
     task.loader.set_epoch(epoch, step_in_epoch)
-    results = []
     with closing(task.loader):
         batches = iter(task.loader)
-        for micro in range(task.config.optim.accumulation_steps):
+        for micro in range(micro_batches):
             with _not_finite(task.bare_model) as modules:
                 loss = task.loss(next(batches), step, micro, task.hyperparameters(step)).loss
             task.scaler.scale(loss).backward()
@@ -54,28 +59,14 @@ def replay(run: Path) -> list[dict]:
                 if p.grad is not None and not p.grad.isfinite().all()
             ]
             task.optimizer.zero_grad(set_to_none=True)
-            results.append(
-                {
-                    "step": step,
-                    "micro_batch": micro,
-                    "images": images[micro],
-                    "loss": loss.item(),
-                    "module": next(iter(modules), None),
-                    "gradients": gradients,
-                }
-            )
-    return results
-
-
-def _open(run: Path) -> Task:
-    """The run's task in this one process, with as many micro-batches as all ranks had."""
-    config = read_run(run)
-    global_batch = read_json(run / "run.json")["global_batch"]
-    micro_batches = global_batch // config.optim.batch_size_per_gpu
-    optim = dataclasses.replace(config.optim, accumulation_steps=micro_batches)
-    config = dataclasses.replace(config, optim=optim)
-    task = Pretraining if isinstance(config, TrainConfig) else Finetuning
-    return task(config, distributed.setup(config.run.device))
+            yield {
+                "step": step,
+                "micro_batch": micro,
+                "images": images[micro],
+                "loss": loss.item(),
+                "module": next(iter(modules), None),
+                "gradients": gradients,
+            }
 
 
 @contextmanager

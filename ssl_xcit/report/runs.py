@@ -68,12 +68,6 @@ def read_json(path: Path) -> dict:
     return found if isinstance(found, dict) else {}
 
 
-def swept_values(run: Path) -> dict[str, str]:
-    """Setting -> value, as its sweep set it."""
-    values = read_json(run / "slurm/submission.json").get("sweep", {})
-    return {name: options.as_text(value) for name, value in values.items()}
-
-
 def describe_run(run: Path, states: dict[str, str]) -> dict[str, str]:
     """A text for each of COLUMNS. `states`: SLURM's state of each job, by id."""
     config = read_run(run) if (run / "config.yaml").exists() else None
@@ -94,9 +88,11 @@ def describe_run(run: Path, states: dict[str, str]) -> dict[str, str]:
     if evaluated or probed:
         found["k-NN"] = f"{max(evaluated) if evaluated else probed[-1]:.2f}"
     job = read_json(run / "slurm/submission.json").get("job")
+    saved = (read_json(path) for path in run.glob("checkpoints/step_*/state.json"))
+    epochs = max((document.get("epoch", 0) for document in saved), default=0)
     if job in states:
         found["state"] = states[job].lower()
-    elif config and _finished_epochs(run) >= config.optim.epochs:
+    elif config and epochs >= config.optim.epochs:
         found["state"] = "finished"
     else:
         found["state"] = "unfinished" if rows else "not started"
@@ -112,7 +108,9 @@ def list_runs(root: Path) -> str:
     rows = []
     for run in runs:
         name = str(run.relative_to(root)) if run != root else run.name
-        rows.append({"run": name} | swept_values(run) | describe_run(run, states))
+        swept = read_json(run / "slurm/submission.json").get("sweep", {})
+        swept = {setting: options.as_text(value) for setting, value in swept.items()}
+        rows.append({"run": name} | swept | describe_run(run, states))
     swept = dict.fromkeys(key for row in rows for key in row if key not in ("run", *COLUMNS))
     columns = ("run", *swept, *COLUMNS)
     table = [columns, *([row.get(column, "") for column in columns] for row in rows)]
@@ -130,12 +128,6 @@ def job_states() -> dict[str, str]:
     command = ["squeue", "--noheader", "--array", "--format", "%i %T"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     return dict(line.split(maxsplit=1) for line in found.stdout.splitlines())
-
-
-def _finished_epochs(run: Path) -> int:
-    """Epochs in the newest checkpoint."""
-    documents = (read_json(path) for path in run.glob("checkpoints/step_*/state.json"))
-    return max((document.get("epoch", 0) for document in documents), default=0)
 
 
 def _duration(seconds: float) -> str:

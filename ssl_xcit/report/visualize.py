@@ -26,7 +26,7 @@ from ssl_xcit.report.config import VisualizeConfig
 from ssl_xcit.report.sheet import Cell, stacked, strip, to_image
 from ssl_xcit.runtime import distributed
 from ssl_xcit.runtime.errors import UserError
-from ssl_xcit.runtime.files import new_file
+from ssl_xcit.runtime.files import make_folder, new_file
 from ssl_xcit.runtime.precision import autocast, settled
 
 AS_STORED = 480  # pixels: the longest side of an image if --size does not say
@@ -93,11 +93,8 @@ def _visualize(config: VisualizeConfig, device: torch.device) -> list[Path]:
 
 def _write(picture: Image.Image, path: Path) -> Path:
     """Store a PNG, complete or not at all, and print its path."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another --out") from error
-    with new_file(path, overwrite=True) as file:
+    make_folder(path.parent)
+    with new_file(path) as file:
         picture.save(file, "PNG")
     print(path)
     return path
@@ -164,11 +161,9 @@ def resized(
     pixels: UInt8[np.ndarray, "h w c"], width: int, height: int
 ) -> UInt8[np.ndarray, "height width c"]:
     """Pillow's antialiased bicubic resampling, for any number of channels."""
-    planes = [
-        Image.fromarray(plane).resize((width, height), Image.Resampling.BICUBIC)
-        for plane in np.ascontiguousarray(pixels.transpose(2, 0, 1))
-    ]
-    return np.stack([np.asarray(plane) for plane in planes], axis=2)
+    planes = (Image.fromarray(plane) for plane in np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    size = width, height
+    return np.dstack([plane.resize(size, Image.Resampling.BICUBIC) for plane in planes])
 
 
 # What the network sees
@@ -197,9 +192,8 @@ def look(
             "earlier checkpoint"
         )
     grid = (height // backbone.patch_size, width // backbone.patch_size)
-    return Look(
-        Picture(picture.name, pixels), attention.unflatten(1, grid), tokens.unflatten(0, grid)
-    )
+    shown = Picture(picture.name, pixels)
+    return Look(shown, attention.unflatten(1, grid), tokens.unflatten(0, grid))
 
 
 class PatchColours(NamedTuple):
