@@ -254,16 +254,6 @@ def _checksum(path: Path) -> str:
 # The command
 
 
-def timm_call(converted: Converted) -> str:
-    """The Python expression that makes timm load a converted file strictly and in full."""
-    classes = converted.weights.num_classes
-    # timm silently drops a classifier unless the overlay states its size too
-    return (
-        f"timm.create_model('{converted.weights.arch}_224', pretrained=True, num_classes={classes},"
-        f" pretrained_cfg_overlay=dict(file={str(converted.path)!r}, num_classes={classes}))"
-    )
-
-
 def _convert_command(args: argparse.Namespace) -> None:
     done = convert(
         args.source, args.out, args.to, role=args.role, arch=args.arch, overwrite=args.overwrite
@@ -282,7 +272,12 @@ def _convert_command(args: argparse.Namespace) -> None:
     shapes = " and ".join(f"{count} x {height} x {width}" for count, height, width in SHAPES)
     print(f"  largest {output} difference {done.difference:.1e} (images: {shapes})")
     if args.to == "timm":
-        print(f"  {timm_call(done)}")
+        # timm silently drops a classifier unless the overlay states its size too
+        size = f"num_classes={found.num_classes}"
+        print(
+            f"  timm.create_model('{found.arch}_224', pretrained=True, {size}, "
+            f"pretrained_cfg_overlay=dict(file={str(done.path)!r}, {size}))"
+        )
 
 
 def _info_command(args: argparse.Namespace) -> None:

@@ -43,8 +43,7 @@ _address, _size, _int = types.uintp, types.uintp, types.int32
 tj_init = types.ExternalFunction("tjInitDecompress", _address())
 tj_destroy = types.ExternalFunction("tjDestroy", _int(_address))
 tj_header = types.ExternalFunction(
-    "tjDecompressHeader3",
-    _int(_address, _address, _size, _address, _address, _address, _address),
+    "tjDecompressHeader3", _int(_address, _address, _size, *[_address] * 4)
 )
 tj_decompress = types.ExternalFunction(
     "tjDecompress2", _int(_address, _address, _size, _address, _int, _int, _int, _int, _int)

@@ -1,5 +1,6 @@
 """Writing of .beton files."""
 
+import itertools
 import sys
 import time
 import warnings
@@ -191,15 +192,9 @@ def in_order(
         raise UserError(f"workers must be 0 or more, got {workers}")
     workers = workers or usable_cores()
     hidden = not (progress and sys.stderr.isatty())
-    waiting = deque()
-    with (
-        ThreadPoolExecutor(workers) as pool,
-        tqdm(total=len(indices), desc=name, unit=" images", disable=hidden) as bar,
-    ):
-        for k in range(len(indices) + 4 * workers):
-            if k < len(indices):
-                waiting.append((indices[k], pool.submit(function, indices[k])))
-            if k >= 4 * workers:
-                i, future = waiting.popleft()
-                yield i, future.result()
-                bar.update()
+    with ThreadPoolExecutor(workers) as pool:
+        orders = (pool.submit(function, i) for i in indices)
+        waiting = deque(itertools.islice(orders, 4 * workers))
+        for i in tqdm(indices, desc=name, unit=" images", disable=hidden):
+            waiting.extend(itertools.islice(orders, 1))
+            yield i, waiting.popleft().result()
