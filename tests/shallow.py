@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ssl_xcit.checkpoints.architecture import expected_tensors
+from ssl_xcit.checkpoints.read import expected_tensors
 from ssl_xcit.models.variants import VARIANTS
 
 PROGRAM = __file__

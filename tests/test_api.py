@@ -10,12 +10,12 @@ import torch
 from conftest import photo_tiles
 from PIL import Image
 from safetensors.torch import load_file
+from shallow import networks
 from sklearn.datasets import load_sample_images
 
 import ssl_xcit
 from ssl_xcit import api
 from ssl_xcit.data.pixels import IMAGENET_MEAN, IMAGENET_STD
-from ssl_xcit.models.variants import VARIANTS
 from ssl_xcit.models.xcit import build_xcit
 from ssl_xcit.runtime.errors import UserError
 
@@ -32,9 +32,8 @@ def folder(tmp_path_factory) -> Path:
     for number, photo in enumerate(load_sample_images().images, 1):
         Image.fromarray(photo).save(folder / f"photo_{number}.jpg")
     names: dict[str, object] = {}
-    with pytest.MonkeyPatch.context() as patch:
+    with networks(4), pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setitem(VARIANTS, "xcit_nano_12", VARIANTS["xcit_nano_12"]._replace(depth=4))
         for block in BLOCKS:
             exec(compile(block, "docs/api.md", "exec"), names)
         names["folder"] = folder

@@ -22,11 +22,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ssl_xcit.data import images
-from ssl_xcit.data import writer as writer_module
-from ssl_xcit.data.beton import FIELD, HEADER, PAGE, REFERENCE, TABLE, Beton
+from ssl_xcit.data.beton import FIELD, HEADER, PAGE, REFERENCE, TABLE, Beton, BetonWriter, place
 from ssl_xcit.data.command import describe, main, verify_beton
 from ssl_xcit.data.images import EXTRANEOUS, JPG, KEPT, RAW
-from ssl_xcit.data.writer import place, write_beton
+from ssl_xcit.data.writer import write_beton
 from ssl_xcit.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -527,7 +526,7 @@ def large_index(tmp_path_factory):
     path = tmp_path_factory.mktemp("large") / "large.beton"
     count, size, per_page = 1_300_000, 110_000, PAGE // 110_000
     with open(path, "w+b") as file:
-        writer = writer_module._BetonWriter(file, count, with_labels=True)
+        writer = BetonWriter(file, count, with_labels=True)
         i = np.arange(count)
         start = writer.position + i // per_page * PAGE + i % per_page * size
         image = writer.samples["image"]

@@ -20,10 +20,9 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from ssl_xcit.checkpoints.architecture import check_tensors, infer_arch
 from ssl_xcit.checkpoints.folder import load_checkpoint, load_latest, save_checkpoint
 from ssl_xcit.checkpoints.formats import to_mmpretrain, to_timm
-from ssl_xcit.checkpoints.read import read, read_linear_weights
+from ssl_xcit.checkpoints.read import check_tensors, infer_arch, read, read_linear_weights
 from ssl_xcit.data.pixels import IMAGENET_MEAN, IMAGENET_STD
 from ssl_xcit.dino.head import DINOHead
 from ssl_xcit.models import xcit

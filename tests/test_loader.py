@@ -504,7 +504,7 @@ def test_a_batch_stays_as_it_is_while_any_tensor_of_it_lives(cuttings):
 
 
 def test_memory_is_reused_once_a_batch_is_dropped(cuttings):
-    loader = MultiCropLoader(cuttings, RECIPE, 4, prefetch=2)
+    loader = MultiCropLoader(cuttings, RECIPE, 4)
     for _ in range(3):
         for large, small, _ in loader:
             del large, small
@@ -657,7 +657,7 @@ def test_anonymous_memory_is_the_batches_and_a_few_megabytes_per_thread(tmp_path
     )  # fmt: skip
     used, batch, pixels = map(int, result.stdout.split())
     assert pixels == 2400 * 1600
-    # prefetch + 1 batches
+    # PREFETCH + 1 batches
     assert used < 1.2 * 3 * batch + 2 * (8e6 + 3 * pixels)
 
 

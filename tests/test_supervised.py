@@ -185,16 +185,11 @@ def test_the_table_has_every_field_of_all_42_published_models():
             "patch": int(patch),
             "img_size": ours.image_size,
             "pretrain": "distill" if ours.distilled else "scratch",
-            "params_M": float(ours.params_M),
-            "flops_G": float(ours.flops_G),
             "top1": ours.top1,
             "top5": ours.top5,
-            "params_M_str": ours.params_M,
-            "flops_G_str": ours.flops_G,
             "checkpoint": ours.checkpoint,
             "date": ours.date,
             "sha8": ours.sha8,
-            "config": ours.config,
             "embed_dim": sizes.embed_dim,
             "num_heads": sizes.num_heads,
             "cls_attn_layers": 2,
@@ -206,7 +201,8 @@ def test_the_table_has_every_field_of_all_42_published_models():
             "flops_exact": ours.flops,
             "params_exact": ours.params,
         }
-        assert found == row
+        rounded = {"params_M", "flops_G", "params_M_str", "flops_G_str"}  # the exact ones are kept
+        assert found == {k: v for k, v in row.items() if k not in rounded | {"config"}}
 
 
 def test_full_crop_accuracies_are_timms_by_their_known_distances_from_the_others():

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import torch
-from jaxtyping import Float
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -54,7 +53,7 @@ class Converted(NamedTuple):
     weights: Weights  # of the source
     path: Path
     tensors: int  # in the file written; 0 for an export
-    left_out: tuple[str, ...]  # names of tensors that the target cannot hold
+    left_out: list[str]  # names of tensors that the target cannot hold
     difference: float  # the largest between outputs before and after
 
 
@@ -80,23 +79,18 @@ def convert(
     out = Path(out)
     if out.suffix not in TARGETS[to]:
         raise UserError(f"--to {to} writes {' or '.join(TARGETS[to])}, not {out.name}")
-    if out.exists() and not overwrite:
-        raise UserError(f"{out} exists: choose another name, or --overwrite it")
-    if to == "onnx":
-        _require("onnx", "onnxscript", "onnxruntime")
+    packages = ("onnx", "onnxscript", "onnxruntime") if to == "onnx" else ()
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        raise UserError(f"this needs {', '.join(missing)}: pip install {' '.join(missing)}")
     original = read(source, role, arch)
     weights = dataclasses.replace(original, state=original.backbone) if to == "dino" else original
-    left_out = tuple(
-        key for key in CLASSIFIER if key in original.state.keys() - weights.state.keys()
-    )
+    left_out = [key for key in CLASSIFIER if key in original.state.keys() - weights.state.keys()]
     model = weights.build()
     make_folder(out.parent)
     with new_file(out, overwrite) as file:
         tensors = 0
         if to in EXPORTS:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # some torch versions warn of their own doing
-                again = (_write_onnx if to == "onnx" else _export)(model, file)
+            again = _export(model, file, to)
         else:
             tensors = _write_tensors(weights, to, file)
             again = _read_again(weights, Path(file.name))
@@ -157,9 +151,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b)
 
 
-def _largest_difference(
-    model: nn.Module, again: Callable[[Float[Tensor, "b c h w"]], Float[Tensor, "b out"]]
-) -> float:
+def _largest_difference(model: nn.Module, again: Callable[[Tensor], Tensor]) -> float:
     """Largest absolute difference of the outputs, for noise of all `SHAPES`; nan if one is."""
     generator = torch.Generator().manual_seed(0)
     in_chans = model.patch_embed.proj[0][0].in_channels
@@ -171,42 +163,36 @@ def _largest_difference(
     return torch.stack(differences).max().item()
 
 
-def _program(model: nn.Module) -> torch.export.ExportedProgram:
-    """The graph of the network, for any number of images of any height and width above 16."""
+def _export(model: nn.Module, file: BinaryIO, to: str) -> Callable[[Tensor], Tensor]:
+    """Write the graph of the network, for any number of images of any height and width above 16.
+
+    Returns the network in the file.
+    """
     any_size = torch.export.Dim.DYNAMIC
     example = torch.zeros(2, model.patch_embed.proj[0][0].in_channels, 64, 96)
     sizes = {"x": {0: any_size, 2: any_size, 3: any_size}}
-    return torch.export.export(model, (example,), dynamic_shapes=sizes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some torch versions warn of their own doing
+        program = torch.export.export(model, (example,), dynamic_shapes=sizes)
+        if to == "torchexport":
+            torch.export.save(program, file)
+            file.seek(0)
+            return torch.export.load(file).module()
+        import onnxruntime
 
-
-def _export(model: nn.Module, file: BinaryIO) -> nn.Module:
-    torch.export.save(_program(model), file)
-    file.seek(0)
-    return torch.export.load(file).module()
-
-
-def _write_onnx(model: nn.Module, file: BinaryIO) -> Callable[[Tensor], Tensor]:
-    import onnxruntime
-
-    # its optimiser reports at length what it does not change
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)
-    torch.onnx.export(
-        _program(model),
-        (),
-        file.name,
-        input_names=["image"],
-        output_names=["logits" if model.num_classes else "features"],
-        external_data=False,
-        verbose=False,
-    )
-    session = onnxruntime.InferenceSession(file.name, providers=["CPUExecutionProvider"])
+        # its optimiser reports at length what it does not change
+        logging.getLogger("onnxscript").setLevel(logging.ERROR)
+        torch.onnx.export(
+            program,
+            (),
+            file.name,
+            input_names=["image"],
+            output_names=["logits" if model.num_classes else "features"],
+            external_data=False,
+            verbose=False,
+        )
+        session = onnxruntime.InferenceSession(file.name, providers=["CPUExecutionProvider"])
     return lambda x: torch.from_numpy(session.run(None, {"image": x.numpy()})[0])
-
-
-def _require(*packages: str) -> None:
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"this needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
 # What a file holds
@@ -217,18 +203,13 @@ def describe(path: Path | str, role: str = "teacher") -> dict[str, str]:
     path = Path(path)
     try:
         weights = read(path, role)
-    except UserError:
+    except UserError as error:
         try:
             weight, _ = read_linear_weights(path)
         except UserError:
-            weight = None
-        if weight is None:
-            raise
-        return {
-            "format": "dino_linear",
-            "linear": f"{weight.shape[0]} classes of {weight.shape[1]} features",
-            "sha256": _checksum(path),
-        }
+            raise error from None
+        features = f"{weight.shape[0]} classes of {weight.shape[1]} features"
+        return {"format": "dino_linear", "linear": features, "sha256": _checksum(path)}
     classes = weights.num_classes
     with torch.device("meta"):
         model = build_xcit(weights.arch, num_classes=classes)
@@ -273,16 +254,6 @@ def _checksum(path: Path) -> str:
 # The command
 
 
-def timm_call(converted: Converted) -> str:
-    """The Python expression that makes timm load a converted file strictly and in full."""
-    classes = converted.weights.num_classes
-    # timm silently drops a classifier unless the overlay states its size too
-    return (
-        f"timm.create_model('{converted.weights.arch}_224', pretrained=True, num_classes={classes},"
-        f" pretrained_cfg_overlay=dict(file={str(converted.path)!r}, num_classes={classes}))"
-    )
-
-
 def _convert_command(args: argparse.Namespace) -> None:
     done = convert(
         args.source, args.out, args.to, role=args.role, arch=args.arch, overwrite=args.overwrite
@@ -301,7 +272,12 @@ def _convert_command(args: argparse.Namespace) -> None:
     shapes = " and ".join(f"{count} x {height} x {width}" for count, height, width in SHAPES)
     print(f"  largest {output} difference {done.difference:.1e} (images: {shapes})")
     if args.to == "timm":
-        print(f"  {timm_call(done)}")
+        # timm silently drops a classifier unless the overlay states its size too
+        size = f"num_classes={found.num_classes}"
+        print(
+            f"  timm.create_model('{found.arch}_224', pretrained=True, {size}, "
+            f"pretrained_cfg_overlay=dict(file={str(done.path)!r}, {size}))"
+        )
 
 
 def _info_command(args: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@
 
 These are functions of dictionaries of tensors; `ssl_xcit.checkpoints.read` reads the files and
 `ssl_xcit.checkpoints.convert` writes them. A tensor that no rule knows keeps its name, and
-`ssl_xcit.checkpoints.architecture.check_tensors` finds it: nothing is dropped silently.
+`ssl_xcit.checkpoints.read.check_tensors` finds it: nothing is dropped silently.
 """
 
 import re
@@ -73,11 +73,6 @@ class Named(NamedTuple):
     format: str
     state: StateDict  # with the classifier if there is one, and with unknown tensors
     dino_head: StateDict  # under `ssl_xcit.dino.head.DINOHead`'s names; empty without
-
-    @property
-    def foreign(self) -> bool:
-        """Whether this project never trains under these names."""
-        return self.format in ("timm", "mmpretrain")
 
 
 # Containers
@@ -167,7 +162,8 @@ def to_official(state: StateDict, path: object) -> Named:
     if state.keys() <= {"linear.weight", "linear.bias"}:
         raise UserError(f"{path} holds a linear classifier of features and no XCiT to make them")
     dino = _any_starts(state, "backbone.", "head.mlp.", "head.last_layer.")
-    state, head = _split_dino_head(_rename(state, _without_backbone, path))
+    state = _rename(state, lambda key: key.removeprefix("backbone."), path)
+    state, head = _split_dino_head(state)
     timm = any(key.startswith("pos_embed.") or _one_of_qkv(key) for key in state)
     if not timm and not _any_starts(state, "blocks.", "cls_attn_blocks.", "cls_token"):
         raise UserError(
@@ -183,20 +179,13 @@ def to_official(state: StateDict, path: object) -> Named:
 
 def from_timm(state: StateDict, path: object = "the state dict") -> StateDict:
     """timm's names -> the official ones."""
-
-    def name(key: str) -> str:
-        return re.sub(r"^pos_embed\.token_projection\.", "pos_embeder.token_projection.", key)
-
-    return _join_qkv(_rename(state, name, path))
+    layer = re.compile(r"^pos_embed(?=\.token_projection\.)")
+    return _join_qkv(_rename(state, lambda key: layer.sub("pos_embeder", key), path))
 
 
 def to_timm(state: StateDict) -> StateDict:
     """The official names -> timm's."""
-
-    def name(key: str) -> str:
-        return re.sub(r"^pos_embeder\.", "pos_embed.", key)
-
-    return _rename(_split_qkv(state), name)
+    return _rename(_split_qkv(state), lambda key: re.sub(r"^pos_embeder\.", "pos_embed.", key))
 
 
 def from_mmpretrain(state: StateDict, path: object = "the state dict") -> StateDict:
@@ -236,10 +225,6 @@ def to_mmpretrain(state: StateDict) -> StateDict:
 
 def _any_starts(state: StateDict, *prefixes: str) -> bool:
     return any(key.startswith(prefixes) for key in state)
-
-
-def _without_backbone(key: str) -> str:
-    return key.removeprefix("backbone.")
 
 
 def _rename(

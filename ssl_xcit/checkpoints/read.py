@@ -4,7 +4,9 @@ Nothing that is read can run code.
 """
 
 import argparse
+import functools
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PosixPath
 
@@ -13,7 +15,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ssl_xcit.checkpoints.architecture import check_tensors, infer_arch
 from ssl_xcit.checkpoints.folder import Checkpoint, load_checkpoint, load_latest
 from ssl_xcit.checkpoints.formats import (
     CLASSIFIER,
@@ -26,6 +27,7 @@ from ssl_xcit.checkpoints.formats import (
     unwrap,
 )
 from ssl_xcit.data.pixels import imagenet_statistics
+from ssl_xcit.models.variants import VARIANTS
 from ssl_xcit.models.xcit import XCiT, build_xcit
 from ssl_xcit.runtime.errors import UserError
 
@@ -39,28 +41,17 @@ class Weights:
     """An XCiT from a file: all its tensors, and what else the file says of it."""
 
     arch: str
-    state: StateDict
-    """Under the official names, as stored; head.weight and head.bias if there is a classifier."""
-    dino_head: StateDict
-    """Under the names of `ssl_xcit.dino.head.DINOHead`; empty without one."""
-    center: Tensor | None
-    """DINO's."""
-    statistics: Statistics
-    """Mean and standard deviation of its images, per channel: its run's, else ImageNet's."""
-    path: str
-    """The file, or the checkpoint folder within a run."""
-    step: int | None
-    """Optimiser steps of a checkpoint; None for a file."""
-    role: str
-    """teacher, student, model, model_ema, or backbone (a state dict without classifier)."""
-    roles: list[str]
-    """All that there are."""
-    format: str
-    """official, dino, dino_backbone, timm, mmpretrain, or ssl_xcit."""
-    tensors: int
-    """Of this network in the file, a projection head included."""
-    ignored: list[str]
-    """Entries of the file that only its training needs."""
+    state: StateDict  # under the official names, as stored; with the classifier if there is one
+    dino_head: StateDict  # under the names of `ssl_xcit.dino.head.DINOHead`; empty without one
+    center: Tensor | None  # DINO's
+    statistics: Statistics  # mean and std of its images, per channel: its run's, else ImageNet's
+    path: str  # the file, or the checkpoint folder within a run
+    step: int | None  # optimiser steps of a checkpoint; None for a file
+    role: str  # teacher, student, model, model_ema, or backbone (without classifier)
+    roles: list[str]  # all that there are
+    format: str  # official, dino, dino_backbone, timm, mmpretrain, or ssl_xcit
+    tensors: int  # of this network in the file, a projection head included
+    ignored: list[str]  # entries of the file that only its training needs
 
     @property
     def num_classes(self) -> int:
@@ -128,6 +119,8 @@ def identify(contents: Contents, path: Path, role: str = "", arch: str = "") -> 
         raise UserError(f"{path} is a {inferred}, not a {arch}: name the other one, or none")
     check_tensors(named.state, inferred, path)
     in_chans = named.state["patch_embed.proj.0.0.weight"].shape[1]
+    # timm's and mmpretrain's names, under which this project never trains, are theirs even here
+    ours = contents.ours and named.format not in ("timm", "mmpretrain")
     return Weights(
         arch=inferred,
         state=named.state,
@@ -138,7 +131,7 @@ def identify(contents: Contents, path: Path, role: str = "", arch: str = "") -> 
         step=contents.step,
         role=role,
         roles=list(contents.networks),
-        format="ssl_xcit" if contents.ours and not named.foreign else named.format,
+        format="ssl_xcit" if ours else named.format,
         tensors=len(contents.networks[role]),
         ignored=contents.ignored,
     )
@@ -161,6 +154,72 @@ def read_linear_weights(path: Path | str) -> tuple[Tensor, Tensor]:
             f"{path} holds no linear probe: weight {tuple(weight.shape)}, bias {tuple(bias.shape)}"
         )
     return weight, bias
+
+
+# The architecture
+
+
+def infer_arch(state: StateDict, path: object = "the state dict") -> str:
+    """The architecture that best fits these official keys; `check_tensors` says whether it fits.
+
+    Raises UserError when no architecture has this width.
+    """
+    if "cls_token" not in state:
+        raise UserError(f"{path} is not an XCiT in the official key names: it has no cls_token")
+    shape = state["cls_token"].shape
+    depths = {v.depth: name for name, v in VARIANTS.items() if shape == (1, 1, v.embed_dim)}
+    if not depths:
+        raise UserError(
+            f"{path}: no architecture has a cls_token of shape {tuple(shape)}; expected the width "
+            f"of one of {', '.join(VARIANTS)}"
+        )
+
+    def count(pattern: str) -> int:
+        return len({found[1] for key in state if (found := re.match(pattern, key))})
+
+    blocks = count(r"blocks\.(\d+)\.")
+    nearest = min(depths, key=lambda depth: abs(depth - blocks))
+    # each convolution of the stem halves the image: 4 or 3 of them
+    patch_size = 16 if count(r"patch_embed\.proj\.(\d+)\.") > 3 else 8
+    return f"{depths[nearest]}_p{patch_size}"
+
+
+def check_tensors(state: StateDict, arch: str, path: object = "the state dict") -> None:
+    """Raise UserError unless `state` has all tensors of `arch` in their shapes, and no others.
+
+    The whole classifier may be missing. The numbers of classes and of image channels are free.
+    """
+    stem, classifier = state.get("patch_embed.proj.0.0.weight"), state.get("head.weight")
+    in_chans = stem.shape[1] if stem is not None and stem.ndim == 4 else 3
+    num_classes = 0
+    if any(key in state for key in CLASSIFIER):
+        num_classes = len(classifier) if classifier is not None and classifier.ndim == 2 else 1
+    expected = expected_tensors(arch, num_classes, in_chans)
+    shared = [(key, state[key], tensor) for key, tensor in expected.items() if key in state]
+    faults = {
+        "missing": [key for key in expected if key not in state],
+        "unknown": [key for key in state if key not in expected],
+        "of a wrong shape": [
+            f"{key} {tuple(found.shape)} instead of {tuple(wanted.shape)}"
+            for key, found, wanted in shared
+            if found.shape != wanted.shape
+        ],
+        "of a wrong type": [
+            f"{key} {found.dtype}"
+            for key, found, wanted in shared
+            if found.is_floating_point() != wanted.is_floating_point()
+        ],
+    }
+    told = [f"{len(keys)} {fault} ({listing(keys)})" for fault, keys in faults.items() if keys]
+    if told:
+        raise UserError(f"{path} is no {arch}, by its tensors: {', '.join(told)}")
+
+
+@functools.lru_cache(maxsize=32)
+def expected_tensors(arch: str, num_classes: int, in_chans: int) -> Mapping[str, Tensor]:
+    """The official state dict of an architecture on the meta device: names, shapes and types."""
+    with torch.device("meta"):
+        return build_xcit(arch, num_classes=num_classes, in_chans=in_chans).state_dict()
 
 
 # Folders

@@ -10,7 +10,7 @@ import csv
 import functools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ssl_xcit.runtime.config import CONFIGS
@@ -22,24 +22,15 @@ TABLE = CONFIGS / "supervised_models.csv"
 class ZooModel:
     """One row of the table."""
 
-    name: str
-    """xcit-SIZE-pPATCH_3rdparty[-dist]_in1k[-384px]"""
-    top1: float
-    """Percent of ImageNet's validation images, with mmpretrain's preprocessing."""
+    name: str  # xcit-SIZE-pPATCH_3rdparty[-dist]_in1k[-384px]
+    top1: float  # percent of ImageNet's validation images, with mmpretrain's preprocessing
     top5: float
-    full_crop_top1: float
-    """Percent, with the whole short side in the central crop (XCiT's --full_crop, timm)."""
+    full_crop_top1: float  # with the whole short side in the central crop (--full_crop, timm)
     full_crop_top5: float
-    params_M: str  # noqa: N815 - the unit
-    """Millions, digits as published; with the classifier of 1,000 classes."""
-    flops_G: str  # noqa: N815
-    """Billions, digits as published; `ssl_xcit.models.flops` says what is counted."""
-    params: int
-    flops: int
-    date: str
-    """Of the file, YYYYMMDD."""
-    sha8: str
-    """The first 8 hexadecimal digits of the file's sha256."""
+    params: int  # with the classifier of 1,000 classes
+    flops: int  # `ssl_xcit.models.flops` says what is counted
+    date: str  # of the file, YYYYMMDD
+    sha8: str  # the first 8 hexadecimal digits of the file's sha256
 
     @property
     def arch(self) -> str:
@@ -62,12 +53,6 @@ class ZooModel:
         return f"{self.name}_{self.date}-{self.sha8}.pth"
 
     @property
-    def config(self) -> str:
-        """mmpretrain's configuration."""
-        suffix = "-384px" if self.image_size == 384 else ""
-        return f"{self.name.partition('_')[0]}_8xb128_in1k{suffix}.py"
-
-    @property
     def official_file(self) -> str:
         """The original file of facebookresearch/xcit."""
         return f"{self.arch}_{self.image_size}{'_dist' if self.distilled else ''}.pth"
@@ -87,16 +72,13 @@ class ZooModel:
 @functools.cache
 def zoo() -> Mapping[str, ZooModel]:
     """All rows by name, in the order of the table."""
+    kinds = {field.name: field.type for field in fields(ZooModel)}
     with TABLE.open(encoding="utf-8", newline="") as file:
-        rows = [_row(line) for line in csv.DictReader(file)]
+        rows = [
+            ZooModel(**{name: kinds[name](text) for name, text in line.items()})
+            for line in csv.DictReader(file)
+        ]
     return {row.name: row for row in rows}
-
-
-def _row(line: Mapping[str, str]) -> ZooModel:
-    percents = {key: float(line[key]) for key in line if key.endswith(("top1", "top5"))}
-    return ZooModel(
-        **{**line, **percents, "params": int(line["params"]), "flops": int(line["flops"])}
-    )
 
 
 def by_hash(sha256: str) -> ZooModel | None:

@@ -21,6 +21,8 @@ from ssl_xcit.runtime.processor import usable_cores
 
 DTYPES = {torch.uint8: np.uint8, torch.float32: np.float32}
 FILTERS = {"bicubic": kernels.BICUBIC, "bilinear": kernels.BILINEAR}
+PREFETCH = 2
+"""Batches being made or waiting."""
 # Fields with the same name in a view and in the kernels' description of it
 SAME_NAMES = ("flip", "jitter", "grayscale", "blur", "solarize", "one_of")
 
@@ -80,12 +82,9 @@ class Renderer:
         self.data = np.asarray(beton.data)  # numba knows no memmap
         self.groups = [(len(group), group[0].size if group else 0) for group in recipe]
         self.table = view_table([view for group in recipe for view in group])
-        # (x / 255 - mean) / std = x * scale + shift
-        self.scale = np.ones(beton.channels, np.float32)
-        self.shift = np.zeros(beton.channels, np.float32)
-        if dtype != torch.uint8:
-            self.scale = (1 / (255 * np.asarray(std, np.float64))).astype(np.float32)
-            self.shift = (-np.asarray(mean) / np.asarray(std, np.float64)).astype(np.float32)
+        # For float32: (x / 255 - mean) / std = x * scale + shift
+        self.scale = (1 / (255 * np.asarray(std, np.float64))).astype(np.float32)
+        self.shift = (-np.asarray(mean) / np.asarray(std, np.float64)).astype(np.float32)
         self.num_threads = num_threads or default_threads()
         self.memory = _Memory()
 
@@ -93,21 +92,18 @@ class Renderer:
         """A batch of these images, not rendered yet."""
         n, channels = len(indices), self.beton.channels
         itemsize = np.dtype(self.dtype).itemsize
-        offsets, places, size = [], [], 0
+        offsets, groups, size = [], [], 0
         for views, side in self.groups:
-            places.append(size)
+            shape = (views, n, channels, side, side)
             view_bytes = n * channels * side * side * itemsize
+            groups.append((slice(size, size + views * view_bytes), shape))
             offsets += [size + view * view_bytes for view in range(views)]
             size += -(-views * view_bytes // 64) * 64  # groups begin at cache lines
         flat = self.memory.take(size)
-        tensors = []
-        for (views, side), place in zip(self.groups, places, strict=True):
-            shape = (views, n, channels, side, side)
-            count = int(np.prod(shape))
-            values = flat[place : place + count * itemsize].view(self.dtype)
-            tensors.append(torch.from_numpy(values).view(shape))
-        status = np.zeros(n, np.uint8)
-        counter = np.zeros(1, np.int64)
+        tensors = [
+            torch.from_numpy(flat[place].view(self.dtype)).view(shape) for place, shape in groups
+        ]
+        status, counter = np.zeros(n, np.uint8), np.zeros(1, np.int64)
         return Batch(indices, keys, status, flat, np.array(offsets), tensors, counter, futures=[])
 
     def render(
@@ -123,27 +119,21 @@ class Renderer:
 
 
 class Batches:
-    """The batches of one iteration, in order, `prefetch` of them being made or waiting."""
+    """The batches of one iteration, in order.
 
-    def __init__(
-        self,
-        renderer: Renderer,
-        plan: Iterator[tuple[np.ndarray, np.ndarray]],
-        prefetch: int,
-    ) -> None:
-        self._renderer, self._plan, self._prefetch = renderer, plan, prefetch
+    `close` stops the threads without finishing their batches. It is also called when the last
+    reference dies (an epoch left early), and at exit.
+    """
+
+    def __init__(self, renderer: Renderer, plan: Iterator[tuple[np.ndarray, np.ndarray]]) -> None:
+        self._renderer, self._plan = renderer, plan
         self._pool = ThreadPoolExecutor(renderer.num_threads, thread_name_prefix="views")
         self._pending: deque[Batch] = deque()
-        # Called by close, when the last reference dies (an epoch left early), or at exit
-        self._end = weakref.finalize(self, _stop, self._pool, self._pending)
+        self.close = weakref.finalize(self, _stop, self._pool, self._pending)
         self._order()
 
     def next(self) -> Batch | None:
-        """The next batch, None after the last.
-
-        Raises:
-            whatever a worker thread raised.
-        """
+        """The next batch, None after the last. Raises whatever a worker thread raised."""
         if not self._pending:
             return None
         batch = self._pending.popleft()
@@ -152,12 +142,8 @@ class Batches:
         self._order()
         return batch
 
-    def close(self) -> None:
-        """Stop the threads without finishing their batches."""
-        self._end()
-
     def _order(self) -> None:
-        while len(self._pending) < self._prefetch and self._end.alive:
+        while len(self._pending) < PREFETCH and self.close.alive:
             item = next(self._plan, None)
             if item is None:
                 return

@@ -1,10 +1,5 @@
 """Images in one file: FFCV's .beton format, read and written by our own code.
 
-    ssl-xcit data write SOURCE OUT    # an image folder, or a dataset by its name
-    ssl-xcit data info FILE
-    ssl-xcit data verify FILE         # decodes every image
-    ssl-xcit data preview FILE --out PNG    # draws what the model sees of it
-
 The format is version 2 of ffcv 1.0.2 (`ffcv/types.py`), little-endian:
 
     header       version u16, number of fields u16, page size u32, samples u64, table's pointer u64
@@ -19,20 +14,19 @@ JSON object (class names, channels, source, options, counts: `Beton.info`) and o
 image. The image field's arguments, unused by ffcv, point there (`REFERENCE`). Stock ffcv reads our
 files if the images have 3 channels. We read stock ffcv's files: their first image field and the
 integer field `label`; other fields are ignored.
-
-We avoid `import ffcv`: it takes seconds and changes torch's and numba's global state.
 """
 
 import io
 import json
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from ssl_xcit.data.images import RAW
+from ssl_xcit.data.images import RAW, Stored
 from ssl_xcit.runtime.errors import UserError
 
 VERSION = 2
@@ -89,8 +83,7 @@ class Beton:
         info: what our writer noted: source, options, counts; empty in a file of stock ffcv.
         data: the whole file, uint8.
 
-    Raises:
-        UserError: the file is missing, is no .beton, was cut, or contradicts itself.
+    Raises UserError for a file that is missing, is no .beton, was cut, or contradicts itself.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -220,6 +213,70 @@ class Beton:
     def _refuse_any(self, wrong: np.ndarray, what: str) -> None:
         if wrong.any():
             self._refuse(f"{wrong.sum():,} of its images (first: {wrong.argmax()}) have {what}")
+
+
+def place(position: int, size: int) -> tuple[int, int]:
+    """(start, page size) of an image of `size` bytes, at or after `position`.
+
+    The page size is PAGE, or the next power of two that holds the image. An image that would cross
+    a page boundary starts at it. The file's page size is the largest of all images; as boundaries
+    of larger pages are also boundaries of smaller ones, no image crosses a page.
+    """
+    page = max(PAGE, 1 << (size - 1).bit_length())
+    if position % page + size > page:
+        position = round_up(position, page)
+    return position, page
+
+
+class BetonWriter:
+    """Lays out a file of at most `capacity` images: streams the images, keeps the index."""
+
+    def __init__(self, file: BinaryIO, capacity: int, with_labels: bool) -> None:
+        self.file, self.count, self.page_size = file, 0, PAGE
+        self.fields = np.zeros(1 + with_labels, FIELD)
+        self.fields["type_id"] = [IMAGE_FIELD, INT_FIELD][: 1 + with_labels]
+        self.fields["name"] = [b"image", b"label"][: 1 + with_labels]
+        record = np.dtype([("image", IMAGE), ("label", "<i8")][: 1 + with_labels], align=True)
+        self.samples = np.zeros(capacity, record)
+        self.table = np.zeros(capacity, TABLE)
+        self.checksums = np.zeros(capacity, "<u4")
+        self.position = round_up(HEADER.itemsize + self.fields.nbytes + self.samples.nbytes, PAGE)
+
+    def append(self, image: Stored, label: int) -> None:
+        """Write an image behind the others; without labels `label` is ignored."""
+        start, page = place(self.position, len(image.data))
+        self.page_size = max(self.page_size, page)
+        sample = self.samples[self.count]
+        sample["image"] = (image.mode, image.width, image.height, start)
+        if "label" in self.samples.dtype.names:
+            sample["label"] = label
+        self.table[self.count] = (self.count, start, len(image.data))
+        self.checksums[self.count] = zlib.crc32(image.data)
+        self.file.seek(start)
+        self.file.write(image.data)
+        self.position = start + len(image.data)
+        self.count += 1
+
+    def finish(self, info: dict) -> int:
+        """Write notes, table, samples and header; returns the file's bytes."""
+        samples, table = self.samples[: self.count], self.table[: self.count]
+        text = json.dumps(info).encode()
+        notes_start = round_up(self.position, 8)
+        padding = bytes(-len(text) % 8)
+        notes = text + padding + self.checksums[: self.count].tobytes()
+        table_start = round_up(notes_start + len(notes), 8)
+        header = np.array(
+            (VERSION, len(self.fields), self.page_size, self.count, table_start), HEADER
+        )
+        crc = index_crc(header, self.fields, samples, table)
+        reference = np.array((MAGIC, notes_start, len(text), zlib.crc32(notes), crc), REFERENCE)
+        self.fields["arguments"][0, : REFERENCE.itemsize] = np.frombuffer(reference, np.uint8)
+        for start, part in ((notes_start, notes), (table_start, table), (0, header)):
+            self.file.seek(start)
+            self.file.write(part)
+        self.file.write(self.fields)
+        self.file.write(samples)
+        return table_start + table.nbytes
 
 
 def index_crc(

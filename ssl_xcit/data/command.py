@@ -22,9 +22,7 @@ def verify_beton(
     """(index, what is wrong) of every damaged image.
 
     Compares checksums (in files of our writer) and decodes each JPEG with the loader's decoder.
-
-    Raises:
-        UserError: the file cannot be opened; see `Beton`.
+    Raises UserError as `Beton` does.
     """
     beton = Beton(path)
 

@@ -30,10 +30,8 @@ from ssl_xcit.runtime.errors import UserError
 class ImageFolder:
     """The images below a folder, with the attributes of a `Beton` that evaluations use.
 
-    Labels are the sorted names of the class folders, see `ssl_xcit.data.images.open_source`.
-
-    Raises:
-        UserError: no such folder, or no image in it.
+    Labels are the sorted names of the class folders, see `ssl_xcit.data.images.open_source`. Raises
+    UserError when there is no such folder, or no image in it.
     """
 
     def __init__(self, path: str | Path, channels: int = 3) -> None:
@@ -130,27 +128,18 @@ def open_images(path: str | Path, channels: int = 3) -> Images:
 
 
 def evaluation_loader(
-    images: Images,
-    view: EvalView,
-    batch_size: int,
-    ranks: Distributed,
-    *,
-    num_threads: int = 0,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
-    dtype: torch.dtype = torch.uint8,
-    subset: Int64[np.ndarray, "n"] | None = None,
+    images: Images, view: EvalView, batch_size: int, ranks: Distributed, **options: object
 ) -> EvalLoader | FolderLoader:
     """Batches (images, labels, indices) of this rank's share of `images`, each image once.
 
-    `subset`: the images to take; default all. `dtype`: of a file's batches; a folder's are bytes,
-    which `extract_features` normalises.
+    The options are those of `EvalLoader`. A folder's batches are bytes whatever `dtype` says;
+    `extract_features` normalises them.
     """
-    share = {"rank": ranks.rank, "world_size": ranks.world_size, "num_threads": num_threads}
-    share |= {"mean": mean, "std": std, "subset": subset}
+    options |= {"rank": ranks.rank, "world_size": ranks.world_size}
     if isinstance(images, ImageFolder):
-        return FolderLoader(images, view, batch_size, **share)
-    return EvalLoader(images, view, batch_size, dtype=dtype, **share)
+        options.pop("dtype", None)
+        return FolderLoader(images, view, batch_size, **options)
+    return EvalLoader(images, view, batch_size, **options)
 
 
 def check_datasets(train: Images, test: Images) -> None:

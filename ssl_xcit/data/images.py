@@ -61,8 +61,7 @@ def open_source(
 ) -> Source:
     """A folder of images, or one of `DATASETS` by name; the arguments are those of `write_beton`.
 
-    Raises:
-        UserError: no such folder or dataset, nothing in it, or a download that failed.
+    Raises UserError: no such folder or dataset, nothing in it, or a download that failed.
     """
     if str(source) in DATASETS:
         return _open_dataset(str(source), labels, split or "train", root)
@@ -101,12 +100,9 @@ def _open_folder(folder: Path, labels: bool) -> Source:
         number = {name: i for i, name in enumerate(classes)}
         numbers = np.array([number[name.split("/")[0]] for name in files], np.int64)
 
-    def read(i: int) -> bytes:
-        return (folder / files[i]).read_bytes()
-
     return Source(
         len(files),
-        read,
+        lambda i: (folder / files[i]).read_bytes(),
         files.__getitem__,
         numbers,
         None if classes is None else tuple(classes),
@@ -224,9 +220,8 @@ class BrokenImageError(Exception):
 def encode(item: bytes | np.ndarray, encoding: Encoding) -> Stored:
     """One image file's bytes, or (h, w[, c]) pixels, in the form that is stored.
 
-    Raises:
-        BrokenImageError, or whatever Pillow raises: `item` cannot be read.
-        UserError: libjpeg-turbo is missing.
+    Raises BrokenImageError, or whatever Pillow raises, for an `item` that cannot be read; UserError
+    when libjpeg-turbo is missing.
     """
     notes: list[str] = []
     if isinstance(item, bytes) and not item:

@@ -43,8 +43,7 @@ _address, _size, _int = types.uintp, types.uintp, types.int32
 tj_init = types.ExternalFunction("tjInitDecompress", _address())
 tj_destroy = types.ExternalFunction("tjDestroy", _int(_address))
 tj_header = types.ExternalFunction(
-    "tjDecompressHeader3",
-    _int(_address, _address, _size, _address, _address, _address, _address),
+    "tjDecompressHeader3", _int(_address, _address, _size, *[_address] * 4)
 )
 tj_decompress = types.ExternalFunction(
     "tjDecompress2", _int(_address, _address, _size, _address, _int, _int, _int, _int, _int)
@@ -58,17 +57,13 @@ TJPF_RGB, TJFLAG_ACCURATEDCT, TJERR_WARNING = 0, 4096, 0
 JIT = {"nogil": True, "error_model": "numpy", "fastmath": {"nnan", "ninf", "nsz"}}
 
 
-def _can_cache() -> bool:
-    """Whether numba can write its cache, beside this file or in the user's cache folder."""
-    try:
-        njit(cache=True)(lambda: None)
-    except RuntimeError:
-        logger.warning("no folder for numba's cache can be written; set NUMBA_CACHE_DIR to one")
-        return False
-    return True
-
-
-CACHE = _can_cache()
+# Whether numba can write its cache, beside this file or in the user's cache folder
+CACHE = True
+try:
+    njit(cache=True)(lambda: None)
+except RuntimeError:
+    logger.warning("no folder for numba's cache can be written; set NUMBA_CACHE_DIR to one")
+    CACHE = False
 
 
 def kernel(function: Callable) -> Callable:
@@ -306,9 +301,8 @@ def mix64(z):
     return z ^ (z >> U64(31))
 
 
-def mix64_array(z: UInt64[np.ndarray, "n"]) -> UInt64[np.ndarray, "n"]:
-    """`mix64` of an array, in numpy."""
-    return mix64.py_func(z)
+mix64_array = mix64.py_func
+"""`mix64` of an array, in numpy."""
 
 
 def sample_keys(
@@ -823,12 +817,8 @@ def geometry(view, height, width, draws):
         top = min(max(simple_offset(draws[D_TOP], out_size[0], size), 0), out_size[0] - size)
         left = min(max(simple_offset(draws[D_LEFT], out_size[1], size), 0), out_size[1] - size)
         return box, out_size, (top, left, size), draws[D_FLIP] < view.flip
-    return (
-        box,
-        out_size,
-        (round((out_size[0] - size) / 2), round((out_size[1] - size) / 2), size),
-        False,
-    )
+    top, left = round((out_size[0] - size) / 2), round((out_size[1] - size) / 2)
+    return box, out_size, (top, left, size), False
 
 
 @kernel

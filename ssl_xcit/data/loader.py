@@ -85,11 +85,10 @@ class _Loader:
         dtype: torch.dtype = torch.uint8,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
-        prefetch: int = 2,
         subset: Int64[np.ndarray, "n"] | None = None,
     ) -> None:
         self.beton = beton if isinstance(beton, Beton) else Beton(beton)
-        self.batch_size, self.prefetch = batch_size, prefetch
+        self.batch_size = batch_size
         self.images = np.arange(len(self.beton)) if subset is None else subset
         self.mean, self.std = tuple(mean), tuple(std)
         self.wait_seconds = 0.0
@@ -104,7 +103,7 @@ class _Loader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         self.close()
-        batches = Batches(self._renderer, self._plan(), self.prefetch)
+        batches = Batches(self._renderer, self._plan())
         self._batches = weakref.ref(batches)
         return self._deliver(batches)
 
@@ -153,7 +152,6 @@ class MultiCropLoader(_Loader):
         num_threads: worker threads; 0: this process's share of the cores.
         dtype: torch.uint8 (0 to 255), or torch.float32, normalised.
         mean, std: per channel, of values in 0 to 1; for float32.
-        prefetch: batches being made or waiting, at least 1.
         subset: the images to train on, by their places in the file; default all. They keep the
             order that they have in an epoch of the whole file.
 
@@ -179,10 +177,9 @@ class MultiCropLoader(_Loader):
         dtype: torch.dtype = torch.uint8,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
-        prefetch: int = 2,
         subset: Int64[np.ndarray, "n"] | None = None,
     ) -> None:
-        super().__init__(beton, views, batch_size, num_threads, dtype, mean, std, prefetch, subset)
+        super().__init__(beton, views, batch_size, num_threads, dtype, mean, std, subset)
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.accumulation_steps = accumulation_steps
         self.global_batch = batch_size * world_size * accumulation_steps
@@ -268,8 +265,7 @@ class EvalLoader(_Loader):
     batch_size except in the last batch; labels are -1 when the file has none. Rank r has the r-th
     of world_size contiguous parts of `subset`. Options as for `MultiCropLoader`.
 
-    Raises:
-        UserError: wrong arguments; on iteration, a corrupt image, because none can replace it.
+    Raises UserError: wrong arguments; on iteration, a corrupt image, because none can replace it.
     """
 
     def __init__(

@@ -6,7 +6,7 @@ ffcv's compiled part is linked to libjpeg-turbo, and leads to one that the syste
 """
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,8 +21,11 @@ def load_turbojpeg(load: Callable[[str], Library]) -> Library:
 
     Raises UserError when there is none.
     """
+    spec = importlib.util.find_spec("ffcv")  # finds it without importing it
+    folders = spec.submodule_search_locations if spec else []
+    built_by_ffcv = [str(file) for folder in folders for file in Path(folder).glob("_libffcv*.so")]
     reasons = []
-    for name in (*NAMES, *_built_by_ffcv()):
+    for name in (*NAMES, *built_by_ffcv):
         try:
             return load(name)
         except (OSError, RuntimeError) as error:
@@ -30,10 +33,3 @@ def load_turbojpeg(load: Callable[[str], Library]) -> Library:
     raise UserError(
         f"no JPEG decoder ({'; '.join(reasons)}): install libturbojpeg (Debian: libturbojpeg0)"
     )
-
-
-def _built_by_ffcv() -> Iterator[str]:
-    """ffcv's compiled part, if it is installed."""
-    spec = importlib.util.find_spec("ffcv")  # finds it without importing it
-    for folder in spec.submodule_search_locations if spec else []:
-        yield from map(str, Path(folder).glob("_libffcv*.so"))

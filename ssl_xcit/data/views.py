@@ -21,36 +21,23 @@ class View:
     Each operation has a probability of its own, drawn per image and view. On images of other than 3
     channels saturation, hue and grayscale do nothing.
 
-    Raises:
-        UserError: a value is out of its range.
+    Raises UserError for a value out of its range.
     """
 
-    size: int
-    """Pixels a side."""
-    scale: tuple[float, float]
-    """Range of the crop's area, relative to the image's."""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Range of the crop's width / height; its logarithm is uniform."""
-    interpolation: Interpolation = "bicubic"
-    """Antialiased, as in Pillow."""
-    flip: float = 0.5
-    """Probability of a horizontal flip."""
-    jitter: float = 0.0
-    """Probability of the four colour adjustments, applied in random order."""
-    brightness: float = 0.0
-    """The factor is uniform in [max(0, 1 - x), 1 + x]; likewise for contrast and saturation."""
-    contrast: float = 0.0
-    saturation: float = 0.0
-    hue: float = 0.0
-    """The shift is uniform in [-x, x] turns of the colour circle."""
-    grayscale: float = 0.0
-    """Probability of gray in all channels."""
-    blur: float = 0.0
-    """Probability of a Gaussian blur."""
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    """Range of the blur's standard deviation, pixels."""
-    solarize: float = 0.0
-    """Probability of inverting values from 128 on."""
+    size: int  # pixels a side
+    scale: tuple[float, float]  # range of the crop's area, relative to the image's
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # range of its width / height, log-uniform
+    interpolation: Interpolation = "bicubic"  # antialiased, as in Pillow
+    flip: float = 0.5  # probability of a horizontal flip
+    jitter: float = 0.0  # probability of the four colour adjustments, in random order
+    brightness: float = 0.0  # the factor is uniform in [max(0, 1 - x), 1 + x]
+    contrast: float = 0.0  # likewise
+    saturation: float = 0.0  # likewise
+    hue: float = 0.0  # the shift is uniform in [-x, x] turns of the colour circle
+    grayscale: float = 0.0  # probability of gray in all channels
+    blur: float = 0.0  # probability of a Gaussian blur
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # range of its standard deviation, pixels
+    solarize: float = 0.0  # probability of inverting values from 128 on
     one_of: bool = False
     """Exactly one of grayscale, solarize and blur, with equal probability and before the colour
     jitter; their own probabilities are ignored."""
@@ -82,14 +69,11 @@ class EvalView:
     Without `crop` the image is resized to a square of side `resize`, whatever its shape. Sizes are
     rounded as in torchvision's Resize and CenterCrop.
 
-    Raises:
-        UserError: a value is out of its range.
+    Raises UserError for a value out of its range.
     """
 
-    resize: int
-    """Pixels."""
-    crop: int | None = None
-    """Pixels a side, at most `resize`."""
+    resize: int  # pixels
+    crop: int | None = None  # pixels a side, at most `resize`
     interpolation: Interpolation = "bicubic"
 
     def __post_init__(self) -> None:
@@ -131,25 +115,22 @@ def dino_views(
     Returns two groups: two global views, of which only the second is solarized, and
     `local_crops_number` local views.
     """
-    shared = {
-        "interpolation": interpolation,
-        "jitter": color_jitter_prob,
-        "brightness": brightness,
-        "contrast": contrast,
-        "saturation": saturation,
-        "hue": hue,
-        "grayscale": grayscale_prob,
-        "blur_sigma": blur_sigma,
-    }
-    large = {"size": global_crops_size, "scale": global_crops_scale, **shared}
-    small = {"size": local_crops_size, "scale": local_crops_scale, **shared}
-    return [
-        [
-            View(**large, blur=global1_blur_prob),
-            View(**large, blur=global2_blur_prob, solarize=solarize_prob),
-        ],
-        [View(**small, blur=local_blur_prob)] * local_crops_number,
-    ]
+    first = View(
+        global_crops_size,
+        global_crops_scale,
+        interpolation=interpolation,
+        jitter=color_jitter_prob,
+        brightness=brightness,
+        contrast=contrast,
+        saturation=saturation,
+        hue=hue,
+        grayscale=grayscale_prob,
+        blur=global1_blur_prob,
+        blur_sigma=blur_sigma,
+    )
+    second = replace(first, blur=global2_blur_prob, solarize=solarize_prob)
+    local = replace(first, size=local_crops_size, scale=local_crops_scale, blur=local_blur_prob)
+    return [[first, second], [local] * local_crops_number]
 
 
 def supervised_views(

@@ -1,34 +1,20 @@
 """Writing of .beton files."""
 
-import json
+import itertools
 import sys
 import time
 import warnings
-import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import BinaryIO, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
-from ssl_xcit.data.beton import (
-    FIELD,
-    HEADER,
-    IMAGE,
-    IMAGE_FIELD,
-    INT_FIELD,
-    MAGIC,
-    PAGE,
-    REFERENCE,
-    TABLE,
-    VERSION,
-    index_crc,
-    round_up,
-)
+from ssl_xcit.data.beton import BetonWriter
 from ssl_xcit.data.images import (
     ENCODED,
     EXTRANEOUS,
@@ -111,7 +97,7 @@ def write_beton(
         if limit is not None:
             # numpy guarantees RandomState's numbers forever, a Generator's not
             chosen = np.sort(np.random.RandomState(seed).permutation(images.size)[:limit])
-        beton = _BetonWriter(file, len(chosen), images.labels is not None)
+        beton = BetonWriter(file, len(chosen), images.labels is not None)
         info = {
             "channels": channels,
             "class_names": images.class_names,
@@ -136,7 +122,7 @@ def write_beton(
 
 
 def _store_images(
-    beton: "_BetonWriter",
+    beton: BetonWriter,
     images: Source,
     chosen: Sequence[int],
     encoding: Encoding,
@@ -190,70 +176,6 @@ def _store_images(
     return {"notes": dict(sorted(notes.items())), "broken": broken}
 
 
-def place(position: int, size: int) -> tuple[int, int]:
-    """(start, page size) of an image of `size` bytes, at or after `position`.
-
-    The page size is PAGE, or the next power of two that holds the image. An image that would cross
-    a page boundary starts at it. The file's page size is the largest of all images; as boundaries
-    of larger pages are also boundaries of smaller ones, no image crosses a page.
-    """
-    page = max(PAGE, 1 << (size - 1).bit_length())
-    if position % page + size > page:
-        position = round_up(position, page)
-    return position, page
-
-
-class _BetonWriter:
-    """Lays out a file of at most `capacity` images: streams the images, keeps the index."""
-
-    def __init__(self, file: BinaryIO, capacity: int, with_labels: bool) -> None:
-        self.file, self.count, self.page_size = file, 0, PAGE
-        self.fields = np.zeros(1 + with_labels, FIELD)
-        self.fields["type_id"] = [IMAGE_FIELD, INT_FIELD][: 1 + with_labels]
-        self.fields["name"] = [b"image", b"label"][: 1 + with_labels]
-        record = np.dtype([("image", IMAGE), ("label", "<i8")][: 1 + with_labels], align=True)
-        self.samples = np.zeros(capacity, record)
-        self.table = np.zeros(capacity, TABLE)
-        self.checksums = np.zeros(capacity, "<u4")
-        self.samples_start = HEADER.itemsize + self.fields.nbytes
-        self.position = round_up(self.samples_start + self.samples.nbytes, PAGE)
-
-    def append(self, image: Stored, label: int) -> None:
-        start, page = place(self.position, len(image.data))
-        self.page_size = max(self.page_size, page)
-        sample = self.samples[self.count]
-        sample["image"] = (image.mode, image.width, image.height, start)
-        if "label" in self.samples.dtype.names:
-            sample["label"] = label
-        self.table[self.count] = (self.count, start, len(image.data))
-        self.checksums[self.count] = zlib.crc32(image.data)
-        self.file.seek(start)
-        self.file.write(image.data)
-        self.position = start + len(image.data)
-        self.count += 1
-
-    def finish(self, info: dict) -> int:
-        """Write notes, table, samples and header; returns the file's bytes."""
-        samples, table = self.samples[: self.count], self.table[: self.count]
-        text = json.dumps(info).encode()
-        notes_start = round_up(self.position, 8)
-        padding = bytes(-len(text) % 8)
-        notes = text + padding + self.checksums[: self.count].tobytes()
-        table_start = round_up(notes_start + len(notes), 8)
-        header = np.array(
-            (VERSION, len(self.fields), self.page_size, self.count, table_start), HEADER
-        )
-        crc = index_crc(header, self.fields, samples, table)
-        reference = np.array((MAGIC, notes_start, len(text), zlib.crc32(notes), crc), REFERENCE)
-        self.fields["arguments"][0, : REFERENCE.itemsize] = np.frombuffer(reference, np.uint8)
-        for start, part in ((notes_start, notes), (table_start, table), (0, header)):
-            self.file.seek(start)
-            self.file.write(part)
-        self.file.write(self.fields)
-        self.file.write(samples)
-        return table_start + table.nbytes
-
-
 def in_order(
     function: Callable[[int], Result],
     indices: Sequence[int],
@@ -270,15 +192,9 @@ def in_order(
         raise UserError(f"workers must be 0 or more, got {workers}")
     workers = workers or usable_cores()
     hidden = not (progress and sys.stderr.isatty())
-    waiting = deque()
-    with (
-        ThreadPoolExecutor(workers) as pool,
-        tqdm(total=len(indices), desc=name, unit=" images", disable=hidden) as bar,
-    ):
-        for k in range(len(indices) + 4 * workers):
-            if k < len(indices):
-                waiting.append((indices[k], pool.submit(function, indices[k])))
-            if k >= 4 * workers:
-                i, future = waiting.popleft()
-                yield i, future.result()
-                bar.update()
+    with ThreadPoolExecutor(workers) as pool:
+        orders = (pool.submit(function, i) for i in indices)
+        waiting = deque(itertools.islice(orders, 4 * workers))
+        for i in tqdm(indices, desc=name, unit=" images", disable=hidden):
+            waiting.extend(itertools.islice(orders, 1))
+            yield i, waiting.popleft().result()

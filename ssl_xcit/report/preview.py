@@ -102,7 +102,7 @@ def draw_views(beton: Beton, recipe: Recipe, images: int, seed: int, epoch: int)
 
 def first_samples(beton: Beton, recipe: Recipe, images: int, seed: int, epoch: int) -> list[Sample]:
     """The first images of an epoch, with the views that training makes of them."""
-    loader = MultiCropLoader(beton, recipe, images, seed=seed, prefetch=1)
+    loader = MultiCropLoader(beton, recipe, images, seed=seed)
     loader.set_epoch(epoch)
     *groups, indices = next(iter(loader))
     loader.close()
