@@ -18,7 +18,7 @@ from ssl_xcit.evaluation.features import extract_features
 from ssl_xcit.evaluation.knn import cosine_top_k
 from ssl_xcit.evaluation.subject import Subject, checkpoint_subject
 from ssl_xcit.finetune.config import FinetuneConfig
-from ssl_xcit.models.flops import count_operations
+from ssl_xcit.models.flops import forward_flops
 from ssl_xcit.report.preview import first_samples
 from ssl_xcit.report.sheet import to_image
 from ssl_xcit.report.visualize import (
@@ -136,8 +136,9 @@ def _searched(subject: Subject, side: int, ranks: Distributed) -> int:
     """How many images to search: on a CPU fewer, the more each costs."""
     if ranks.device.type != "cpu":
         return MOST_SEARCHED
-    cost = count_operations(subject.backbone, side, side, conventional=False).multiply_adds
-    return int(np.clip(CPU_BUDGET / cost, LEAST_SEARCHED, MOST_SEARCHED))
+    image = torch.empty(1, subject.in_chans, side, side, device="meta")
+    multiply_adds = forward_flops(subject.backbone, image)["Global"] / 2
+    return int(np.clip(CPU_BUDGET / multiply_adds, LEAST_SEARCHED, MOST_SEARCHED))
 
 
 def _sight(subject: Subject, images: Images, index: int, ranks: Distributed) -> list[Shot]:
