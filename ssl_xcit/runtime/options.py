@@ -226,7 +226,7 @@ def read_flags(cls: type, argv: Sequence[str]) -> tuple[dict[str, Value], list[P
         if isinstance(value, list):
             kind = leaves(cls)[name]
             paths_or_names = typing.get_args(kind)[0] is str  # which may have spaces in them
-            given = value if paths_or_names else " ".join(value)
+            given = ",".join(value).split(",") if paths_or_names else " ".join(value)
             values[name] = _convert(kind, given, f"--{name}")
     return values, paths, wants_help
 

@@ -261,7 +261,7 @@ def _sweep(config: SubmitConfig) -> list[Member]:
     Raises UserError for an unknown name or a bad value.
     """
     grid: dict[str, list[str]] = {}
-    for word in config.slurm.sweep:  # "seed=0,1 lr=1" arrives split at commas and spaces
+    for word in " ".join(config.slurm.sweep).split():  # "seed=0,1 lr=1" arrives split at commas
         name, equals, value = word.partition("=")
         if equals:
             grid[name] = [value]
