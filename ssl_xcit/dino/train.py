@@ -29,14 +29,8 @@ from ssl_xcit.training import schedules
 from ssl_xcit.training.engine import out_of_memory_advice, run_task
 from ssl_xcit.training.guard import BatchStatistics
 from ssl_xcit.training.optim import build_optimizer, freeze_last_layer, parameter_groups
-from ssl_xcit.training.task import (
-    Checked,
-    StepLoss,
-    Task,
-    Verdict,
-    distribute,
-    share_batch_statistics,
-)
+from ssl_xcit.training.task import Checked, StepLoss, Task, distribute, share_batch_statistics
+from ssl_xcit.training.verdict import Verdict
 
 
 def train(config: TrainConfig) -> dict:

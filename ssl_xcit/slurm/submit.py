@@ -30,7 +30,6 @@ except ModuleNotFoundError as error:
     raise UserError("SLURM needs submitit: pip install 'ssl_xcit[slurm]'") from error
 
 PLACEHOLDER = "PLACEHOLDER: no --data given, nor slurm.images in configs/slurm.yaml"
-Member = tuple[TrainConfig, dict[str, options.Value]]  # a run, and its values of the sweep
 
 # Arguments of an evaluation that follows a training; {run} is the run folder
 AFTER_TRAINING = {
@@ -255,8 +254,8 @@ def _training(config: SubmitConfig, **changes: options.Value) -> TrainConfig:
     return options.build(TrainConfig, values | changes)
 
 
-def _sweep(config: SubmitConfig) -> list[Member]:
-    """Every combination of the sweep's values, each in a run folder named after them.
+def _sweep(config: SubmitConfig) -> list[tuple[TrainConfig, dict[str, options.Value]]]:
+    """The run of every combination of the sweep's values, in a folder named after them; the values.
 
     Raises UserError for an unknown name or a bad value.
     """
