@@ -4,7 +4,7 @@ The names below are the Python API, see docs/api.md. Each is imported when it is
 takes seconds, and `import ssl_xcit` none.
 """
 
-from ssl_xcit.runtime.references import resolve
+from pkgutil import resolve_name
 
 _HOME = {
     "pretrain": "api",
@@ -23,7 +23,7 @@ __all__ = list(_HOME)
 
 def __getattr__(name: str) -> object:
     if name in _HOME:
-        return resolve(f"ssl_xcit.{_HOME[name]}:{name}")
+        return resolve_name(f"ssl_xcit.{_HOME[name]}:{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

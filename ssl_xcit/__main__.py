@@ -3,10 +3,10 @@
 import difflib
 import sys
 from collections.abc import Sequence
+from pkgutil import resolve_name
 from typing import NamedTuple
 
 from ssl_xcit.runtime.errors import UserError, exit_on_user_error
-from ssl_xcit.runtime.references import resolve
 
 
 class Command(NamedTuple):
@@ -22,11 +22,11 @@ class Command(NamedTuple):
         """Run it with the words after its name."""
         function = f"ssl_xcit.{self.function}"
         if not self.config:
-            resolve(function)([*self.words, *words])
+            resolve_name(function)([*self.words, *words])
             return
-        from ssl_xcit.runtime.command import run_command  # takes longer than all that is above
+        from ssl_xcit.runtime.config import run_command  # takes longer than all that is above
 
-        run_command(resolve(f"ssl_xcit.{self.config}"), function, self.recipes, words)
+        run_command(resolve_name(f"ssl_xcit.{self.config}"), function, self.recipes, words)
 
 
 RECIPES = ("pretrain/{arch}.yaml",)

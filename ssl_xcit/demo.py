@@ -150,7 +150,3 @@ def _run(*words: str, beside: bool = False) -> None:
         )
     if status:
         raise SystemExit(status)
-
-
-if __name__ == "__main__":
-    main()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ssl_xcit.dino.config import TrainConfig
 from ssl_xcit.dino.train import Pretraining
-from ssl_xcit.runtime.command import run_command
+from ssl_xcit.runtime.config import run_command
 from ssl_xcit.training.log import Log
 
 close, loss = Log.close, Pretraining.loss

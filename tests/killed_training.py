@@ -18,8 +18,8 @@ from pathlib import Path
 from ssl_xcit.checkpoints import folder as checkpoint
 from ssl_xcit.dino.config import TrainConfig
 from ssl_xcit.dino.train import Pretraining
-from ssl_xcit.models import variants, xcit
-from ssl_xcit.runtime.command import run_command
+from ssl_xcit.models import variants
+from ssl_xcit.runtime.config import run_command
 from ssl_xcit.training import saving
 from ssl_xcit.training.engine import Engine
 
@@ -101,8 +101,7 @@ def hold_evaluation() -> None:
 
 def add_shallow_architecture() -> None:
     variants.VARIANTS["xcit_shallow"] = variants.Variant(64, 2, 2, 1.0, False)
-    for module in (xcit, variants):
-        module.ARCHITECTURES = (*module.ARCHITECTURES, "xcit_shallow_p16")
+    variants.ARCHITECTURES = (*variants.ARCHITECTURES, "xcit_shallow_p16")
 
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 
 from ssl_xcit.__main__ import COMMANDS, GROUPS, Command, main, overview
-from ssl_xcit.runtime.references import resolve
 
 
 def test_help_lists_every_command_in_the_order_of_work(capsys):
@@ -47,7 +47,7 @@ def test_every_command_shows_its_own_help(name, capsys, monkeypatch):
 
 def test_what_a_command_names_exists():
     for command in COMMANDS.values():
-        assert callable(resolve(f"ssl_xcit.{command.function}"))
+        assert callable(resolve_name(f"ssl_xcit.{command.function}"))
 
 
 def test_a_command_gets_the_words_after_its_name(monkeypatch):

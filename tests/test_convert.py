@@ -22,7 +22,7 @@ from ssl_xcit.checkpoints.convert import convert, describe, layout, main
 from ssl_xcit.checkpoints.folder import save_checkpoint
 from ssl_xcit.checkpoints.formats import to_timm, unwrap
 from ssl_xcit.checkpoints.read import identify, read
-from ssl_xcit.models import xcit
+from ssl_xcit.models import variants
 from ssl_xcit.models.variants import ARCHITECTURES, VARIANTS, Variant
 from ssl_xcit.models.xcit import build_xcit
 from ssl_xcit.runtime.errors import UserError
@@ -49,7 +49,7 @@ def micro(request, monkeypatch) -> str:
     """The folder of the tiny models that upstream files exist of, as an architecture of its own."""
     variant = Variant(24, 2, 3, 1.0, tokens_norm=request.param == "micro_p8")
     monkeypatch.setitem(VARIANTS, "micro", variant)
-    monkeypatch.setattr(xcit, "ARCHITECTURES", (*xcit.ARCHITECTURES, request.param))
+    monkeypatch.setattr(variants, "ARCHITECTURES", (*ARCHITECTURES, request.param))
     return request.param
 
 
@@ -171,7 +171,7 @@ def test_weights_in_each_format_give_the_real_timm_model_our_logits(
         shallow = VARIANTS[variant]._replace(depth=depth)
         arch, options = f"{shallow.embed_dim}_wide_p{patch_size}", {"depth": depth}
         monkeypatch.setitem(VARIANTS, f"{shallow.embed_dim}_wide", shallow)
-        monkeypatch.setattr(xcit, "ARCHITECTURES", (*ARCHITECTURES, arch))
+        monkeypatch.setattr(variants, "ARCHITECTURES", (*ARCHITECTURES, arch))
     with torch.device("meta"):
         ours = build_xcit(arch)
         theirs = timm.create_model(name, pretrained=False, **options)

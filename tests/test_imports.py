@@ -57,9 +57,8 @@ PLAIN_MODULES |= {"finetune.augment", "finetune.average"}
 PLAIN_MODULES |= {"finetune.distillation"}
 # Imported by every --help, so nothing heavy.
 LIGHT = {"runtime.errors", "runtime.processor", "runtime.options", "runtime.config"}
-LIGHT |= {"runtime.references", "runtime.files", "runtime.provenance", "data.views"}
+LIGHT |= {"runtime.files", "runtime.provenance", "data.views"}
 LIGHT |= {
-    "runtime.command",
     "training.config",
     "training.verdict",
     "dino.config",

@@ -511,7 +511,7 @@ def test_a_read_only_installation_works_with_and_without_a_cache_folder(tmp_path
     package = tmp_path / "install" / "ssl_xcit"
     (package / "data").mkdir(parents=True)
     (package / "runtime").mkdir()
-    runtime = [f"runtime/{name}" for name in ("__init__", "errors", "references")]
+    runtime = [f"runtime/{name}" for name in ("__init__", "errors")]
     data = [f"data/{name}" for name in ("__init__", "kernels", "turbojpeg")]
     for name in ("__init__", *runtime, *data):
         source = Path(kernels.__file__).parents[1] / f"{name}.py"

@@ -628,7 +628,7 @@ def test_folders_of_images_give_the_result_of_the_files_written_from_them(betons
 SMALL_PARTS = """
 import time
 from ssl_xcit.evaluation import cache, features
-from ssl_xcit.runtime.command import run_command
+from ssl_xcit.runtime.config import run_command
 from ssl_xcit.evaluation.config import KnnConfig
 
 def slowly(*arguments, extract=features.extract_features, **options):

@@ -33,7 +33,7 @@ spun()
 found = []
 for share in (0.5, 0.0, 0.5, 0.05, 0.0):
     neighbours.decide(share)
-    found.append((neighbours.have_room, spun()))
+    found.append((bool(neighbours.held), spun()))
 print(*(f"{room}:{seconds:.4f}" for room, seconds in found))
 """
 
@@ -47,7 +47,7 @@ decide = neighbours.Neighbours.decide
 
 def told(self, share):
     decide(self, share)
-    made.append((share, self.have_room))
+    made.append((share, bool(self.held)))
 
 neighbours.Neighbours.decide = told
 neighbours.Neighbours.INTERVAL = 0.3

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from ssl_xcit.runtime.errors import UserError
-from ssl_xcit.training.schedules import cosine, last_layer_frozen, scaled_lr, teacher_temp
+from ssl_xcit.training.schedules import cosine, scaled_lr, teacher_temp
 
 
 def cosine_table(base, final, total, warmup, start):
@@ -58,43 +57,19 @@ def test_teacher_temperature_equals_the_official_per_epoch_table(warmup_epochs):
     table = np.concatenate(
         [np.linspace(0.04, 0.07, warmup_epochs), np.full(100 - warmup_epochs, 0.07)]
     )
-    ours = [teacher_temp(epoch, 0.04, 0.07, warmup_epochs) for epoch in range(100)]
+    ours = [teacher_temp(epoch, 0.04, 0.07, warmup_epochs, 100) for epoch in range(100)]
     assert ours == table.tolist()
-    assert ours == [teacher_temp(epoch, 0.04, 0.07, warmup_epochs, 100) for epoch in range(100)]
 
 
-def test_teacher_temperature_warm_up_of_a_short_run_is_shortened_only_if_the_length_is_given():
+def test_teacher_temperature_warm_up_of_a_short_run_is_shortened():
     cut = [teacher_temp(epoch, 0.04, 0.07, 30, epochs=10) for epoch in range(10)]
     assert cut == np.linspace(0.04, 0.07, 10).tolist()
-    uncut = [teacher_temp(epoch, 0.04, 0.07, 30) for epoch in range(10)]
-    assert uncut == np.linspace(0.04, 0.07, 30)[:10].tolist()
-
-
-def test_the_last_layer_is_frozen_in_the_first_epochs_only():
-    assert [last_layer_frozen(epoch, 1) for epoch in range(3)] == [True, False, False]
-    assert not last_layer_frozen(0, 0)
 
 
 def test_learning_rate_scales_linearly_from_256_images():
     assert scaled_lr(5e-4, 256) == 5e-4
     assert scaled_lr(5e-4, 1024) == 2e-3
     assert scaled_lr(5e-4, 64) == 1.25e-4
-
-
-@pytest.mark.parametrize(
-    ("call", "complaint"),
-    [
-        (lambda: cosine(0, 1.0, 0.0, 0), "at least 1 step"),
-        (lambda: cosine(0, 1.0, 0.0, 10, -1), "warm-up of 0 steps or more, got -1"),
-        (lambda: teacher_temp(0, 0.0, 0.07, 3), "above 0, got 0.0"),
-        (lambda: teacher_temp(0, 0.04, -0.07, 3), "above 0"),
-        (lambda: teacher_temp(0, 0.04, 0.07, -3), "-3"),
-    ],
-)
-def test_invalid_arguments_are_refused_in_one_line(call, complaint):
-    with pytest.raises(UserError, match=complaint) as error:
-        call()
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("step", [-1, 10])

@@ -249,7 +249,7 @@ def test_evaluations_wait_for_the_training(folder, sbatch):
             assert f"#SBATCH {line}\n" in script
     found = DelayedSubmission.load(folder / "runs/a/slurm/123_submitted.pkl").function
     assert (found.script, found.code) == ("linear", str(folder / "runs/a/slurm/code_1"))
-    settings = submission.find_script("linear").check(found.arguments)
+    settings = load_config(submission.settings_of("linear"), argv=found.arguments)
     assert (settings.checkpoint, settings.out) == ("runs/a", "runs/a/eval/linear")
     assert (settings.train, settings.test) == ("t.beton", "v.beton")
 
@@ -282,12 +282,12 @@ def test_an_evaluation_of_a_run_lies_in_its_folder(folder, sbatch):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "eval").glob("*.py")), ids=lambda path: path.stem)
 def test_every_script_of_eval_can_be_submitted(path, tmp_path):
-    script = submission.find_script(path.stem)
+    settings = submission.settings_of(path.stem)
     assert submission.CONFIGURATIONS[path.stem] == COMMANDS[path.stem].config
     helped = run_submit("eval", path.stem, "--help", cwd=tmp_path)
     assert (helped.returncode, helped.stderr) == (0, "")
     assert "--slurm.partition" in helped.stdout
-    job_options, own = submission.split_arguments(script.config, ["--nodes=2", "--out", "x"])
+    job_options, own = submission.split_arguments(settings, ["--nodes=2", "--out", "x"])
     assert (job_options, own) == (["--nodes=2"], ["--out", "x"])
 
 

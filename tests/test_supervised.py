@@ -40,7 +40,7 @@ from ssl_xcit.evaluation.supervised import (
 )
 from ssl_xcit.models.variants import VARIANTS
 from ssl_xcit.models.xcit import build_xcit
-from ssl_xcit.runtime.command import run_command
+from ssl_xcit.runtime.config import run_command
 from ssl_xcit.runtime.distributed import Distributed
 from ssl_xcit.runtime.errors import UserError
 

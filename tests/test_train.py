@@ -379,9 +379,9 @@ def test_a_loss_that_is_no_longer_finite_stops_the_run_before_it_is_saved(photos
 
 
 def test_running_out_of_memory_names_the_options_to_change(photos, tmp_path):
-    advice = train.memory_advice(config(photos, tmp_path))
+    whole = config(photos, tmp_path)
     named = r"size_per_gpu 12.*--accumulation_steps 1.*, use --crops_in_turn true or --activation_"
-    with pytest.raises(UserError, match=named), advice:
+    with pytest.raises(UserError, match=named), train.memory_advice(whole):
         torch.empty(2**50)  # raises the allocator's real error
     frugal = config(photos, tmp_path, crops_in_turn=True, activation_checkpointing=True)
     with (
@@ -395,7 +395,7 @@ def test_running_out_of_memory_names_the_options_to_change(photos, tmp_path):
             train.memory_advice(config(photos, tmp_path, **useless)),
         ):
             torch.empty(2**50)
-    with pytest.raises(RuntimeError, match="something else"), advice:
+    with pytest.raises(RuntimeError, match="something else"), train.memory_advice(whole):
         raise RuntimeError("something else")
 
 

@@ -17,8 +17,7 @@ class DINOLoss(nn.Module):
         self, out_dim: int, student_temp: float = 0.1, center_momentum: float = 0.9
     ) -> None:
         super().__init__()
-        self.student_temp = student_temp
-        self.center_momentum = center_momentum
+        self.student_temp, self.center_momentum = student_temp, center_momentum
         self.register_buffer("center", torch.zeros(1, out_dim))
 
     def forward(
@@ -77,13 +76,8 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx,
-        student_logits: Float[Tensor, "vn k"],
-        targets: Float[Tensor, "tn k"],
-        student_temp: float,
-        views: range,
-        total: int,
-    ) -> Float[Tensor, ""]:
+        ctx, student_logits: Tensor, targets: Tensor, student_temp: float, views: range, total: int
+    ) -> Tensor:
         n = len(targets) // 2
         first, second = targets.split(n)
         both = first + second if max(views) > 1 else None
@@ -104,9 +98,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, grad: Float[Tensor, ""]
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx, grad: Float[Tensor, ""]) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad, None, None, None, None
 

@@ -79,7 +79,9 @@ def training_memory(config: TrainConfig, world_size: int, cuda: bool) -> Trainin
         elif config.model.drop_path_rate > 0:
             student.backbone.join_sizes = False
         student.backbone.drop_path_rate = teacher.backbone.drop_path_rate = 0.0
-        loss, crops = DINOLoss(config.head.out_dim), _crops(config)
+        n, channels = config.optim.batch_size_per_gpu, config.model.in_chans
+        crops = [torch.empty(v, n, channels, side, side) for v, side in crop_groups(config)]
+        loss = DINOLoss(config.head.out_dim)
         optimizer = build_optimizer(config.optim.optimizer, parameter_groups(student))
         optimizer.found_inf = torch.zeros(())
         trained = [p for p in student.parameters() if p.requires_grad]
@@ -177,11 +179,6 @@ def _prepare_positions(config: TrainConfig) -> None:
     for _, side in crop_groups(config):
         grid = -(-side // patch_size)
         FourierPositions(1)(grid, grid, torch.device("cpu"))
-
-
-def _crops(config: TrainConfig) -> list[Tensor]:
-    n, channels = config.optim.batch_size_per_gpu, config.model.in_chans
-    return [torch.empty(views, n, channels, side, side) for views, side in crop_groups(config)]
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

@@ -15,8 +15,7 @@ class MultiCropWrapper(nn.Module):
 
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
-        self.backbone = backbone
-        self.head = head
+        self.backbone, self.head = backbone, head
 
     def forward(
         self,
@@ -27,17 +26,13 @@ class MultiCropWrapper(nn.Module):
         """Return the logits of all views: the n samples of view 0, then those of view 1, ...
 
         Each entry of `crops` holds the views of one resolution. The backbone gets all of them in
-        one call, as a list of image batches, and the head gets all views at once. An entry without
-        views (no local crops) is skipped. `keys` are the random streams of drop path, one per view
-        and sample; without them the backbone draws from torch's generator. `last_layer_frozen`:
-        compute no gradient for the prototypes.
+        one call, as a list of image batches, and the head gets all views at once. `keys` are the
+        random streams of drop path, one per view and sample; without them the backbone draws from
+        torch's generator. `last_layer_frozen`: compute no gradient for the prototypes.
         """
-        images = [views.flatten(0, 1) for views in crops if len(views)]  # (v n, c, h, w)
-        extra = {}
-        if keys is not None:
-            pairs = zip(crops, keys, strict=True)
-            extra = {"keys": [streams.flatten() for views, streams in pairs if len(views)]}
-        features = self.backbone(images, **extra)
+        images = [views.flatten(0, 1) for views in crops]  # (v n, c, h, w)
+        streams = None if keys is None else [of_size.flatten() for of_size in keys]
+        features = self.backbone(images, streams)
         return self.head(features, frozen=True) if last_layer_frozen else self.head(features)
 
 

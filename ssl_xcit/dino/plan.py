@@ -11,16 +11,9 @@ from typing import NamedTuple
 import torch
 
 from ssl_xcit.dino.config import PlanConfig, TrainConfig
-from ssl_xcit.dino.head import DINOHead
 from ssl_xcit.dino.memory import TrainingMemory, crop_groups, training_memory
 from ssl_xcit.dino.networks import dino_network
-from ssl_xcit.models.flops import (
-    count_operations,
-    count_parameters,
-    first_convolution,
-    position_projection,
-)
-from ssl_xcit.models.xcit import XCiT
+from ssl_xcit.models.flops import count_parameters, forward_flops
 from ssl_xcit.runtime.errors import UserError
 from ssl_xcit.runtime.precision import planned
 
@@ -85,37 +78,20 @@ def plan_training(config: PlanConfig) -> Plan:
 
 def step_flops(config: TrainConfig) -> StepFlops:
     """FLOPs of a step on one rank: teacher on the global views, student on all, with the head."""
-    with torch.device("meta"):
-        network = dino_network(config)
-    backbone, head = network.backbone, head_multiply_adds(network.head)
     n, accumulation = config.optim.batch_size_per_gpu, config.optim.accumulation_steps
-    passes = [_forward(backbone, n * views, side, head) for views, side in crop_groups(config)]
-    forward = sum(multiply_adds for multiply_adds, _ in passes)
-    backward = sum(2 * multiply_adds - skipped for multiply_adds, skipped in passes)
-    if config.run.activation_checkpointing:
-        backward += sum(n * v * _repeated(backbone, side) for v, side in crop_groups(config))
-    teacher = passes[0][0]
-    return StepFlops(*(2 * accumulation * part for part in (teacher, forward, backward)))
-
-
-def head_multiply_adds(head: DINOHead) -> int:
-    """Multiply-adds of the projection head for one view: one per weight of its matrices."""
-    matrices = [p for p in head.parameters() if p.ndim == 2 and p.shape[1] > 1]  # weight_g is none
-    return sum(matrix.numel() for matrix in matrices)
-
-
-def _forward(backbone: XCiT, views: int, side: int, head: int) -> tuple[int, int]:
-    """Multiply-adds of a forward pass of backbone and head, and those without a gradient."""
-    positions = position_projection(backbone, side, side)  # once for the whole batch
-    per_view = count_operations(backbone, side, side, conventional=False).multiply_adds - positions
-    spared = views * first_convolution(backbone, side, side) + positions
-    return views * (per_view + head) + positions, spared
-
-
-def _repeated(backbone: XCiT, side: int) -> int:
-    """Multiply-adds per view that activation checkpointing repeats."""
-    per_view = count_operations(backbone, side, side, conventional=False).multiply_adds
-    return per_view - position_projection(backbone, side, side)
+    forward, backward = [], 0
+    with torch.device("meta"):
+        network = dino_network(config).eval()
+        for views, side in crop_groups(config):
+            crop = torch.empty(views, n, config.model.in_chans, side, side)
+            found = forward_flops(network, [crop])
+            positions = found["MultiCropWrapper.backbone.pos_embeder"]
+            stem = found["MultiCropWrapper.backbone.patch_embed.proj.0.0"]
+            forward.append(found["Global"])
+            backward += 2 * found["Global"] - stem - positions
+            if config.run.activation_checkpointing:
+                backward += found["MultiCropWrapper.backbone"] - positions
+    return StepFlops(*(accumulation * part for part in (forward[0], sum(forward), backward)))
 
 
 def print_plan(config: PlanConfig) -> None:

@@ -3,6 +3,7 @@
 import copy
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,14 +29,8 @@ from ssl_xcit.training import schedules
 from ssl_xcit.training.engine import out_of_memory_advice, run_task
 from ssl_xcit.training.guard import BatchStatistics
 from ssl_xcit.training.optim import build_optimizer, freeze_last_layer, parameter_groups
-from ssl_xcit.training.task import (
-    Checked,
-    StepLoss,
-    Task,
-    Verdict,
-    distribute,
-    share_batch_statistics,
-)
+from ssl_xcit.training.task import Checked, StepLoss, Task, distribute, share_batch_statistics
+from ssl_xcit.training.verdict import Verdict
 
 
 def train(config: TrainConfig) -> dict:
@@ -44,9 +39,8 @@ def train(config: TrainConfig) -> dict:
     The weights come from, in this order: 1. the newest complete checkpoint in the run folder;
     2. `init_from`; 3. random initialisation from `config.seed`.
 
-    Raises UserError for what the user can fix: a wrong architecture, a missing or broken beton, a
-    run folder that is not writable or belongs to another configuration, too little memory, a loss
-    that is no longer finite.
+    Raises UserError for what the user can fix: the data, the run folder (see `run_task`), too
+    little memory.
     """
     ranks = distributed.setup(config.run.device)
     try:
@@ -57,7 +51,7 @@ def train(config: TrainConfig) -> dict:
         distributed.teardown()
 
 
-def memory_advice(config: TrainConfig) -> out_of_memory_advice:
+def memory_advice(config: TrainConfig) -> AbstractContextManager[None]:
     """Context of a pretraining that says which options to change if memory runs out."""
     crops = config.crops
     # crops_in_turn needs local crops and excludes BatchNorm in the head.
@@ -178,9 +172,8 @@ class Pretraining(Task):
         return StepLoss(found.loss, means)
 
     def _last_layer_is_frozen(self, step: int) -> bool:
-        """Whether the prototypes are frozen at `step` (in the first epochs)."""
-        epoch = step // self.steps_per_epoch
-        return schedules.last_layer_frozen(epoch, self.config.optim.freeze_last_layer)
+        """Whether the prototypes are frozen at `step`, in the first epochs."""
+        return step // self.steps_per_epoch < self.config.optim.freeze_last_layer
 
     def before_update(self, step: int) -> None:
         """Keep frozen prototypes unchanged, also by weight decay."""

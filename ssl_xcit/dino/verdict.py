@@ -79,14 +79,7 @@ def verdict(rows: list[dict], config: TrainConfig) -> Verdict:
     figures = Figures([row for row in rows if _progress(row, config) >= EARLY], config)
     if figures.teacher_entropy is None and figures.loss is not None:
         return Verdict(TOO_EARLY, "metrics.jsonl has no health figures yet")
-    checks = (
-        _bad_steps,
-        _still_teacher,
-        _rising_loss,
-        _uniform,
-        _single_prototype,
-        _dimensional,
-    )
+    checks = (_bad_steps, _still_teacher, _rising_loss, _uniform, _single_prototype, _dimensional)
     found = (check(figures, config) for check in checks)
     return next(filter(None, found), Verdict(HEALTHY, figures.sentence()))
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float64, Int64, Real
@@ -157,7 +158,8 @@ def knn(
     are no more) and top1, top5 in percent, the same on every rank. Labels may be any integers; a
     test label that no training image has counts as wrong. Raises UserError as `predictions` does.
     """
-    mine = torch.from_numpy(rank_share(test.indices.numpy(), ranks.rank, ranks.world_size))
+    places = np.arange(len(test.labels))
+    mine = torch.from_numpy(rank_share(places, ranks.rank, ranks.world_size))
     parts = [part.to(ranks.device) for part in (train.features, train.labels, test.features[mine])]
     ranked = predictions(*parts, temperatures, ks)
     rows = []

@@ -6,6 +6,7 @@ Neither sees the test images.
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +31,6 @@ from ssl_xcit.evaluation.linear_classifiers import (
 )
 from ssl_xcit.runtime.errors import UserError
 from ssl_xcit.training import schedules
-from ssl_xcit.training.metrics import clock
 
 
 class Material(NamedTuple):
@@ -144,7 +144,7 @@ def _train_grid(material: Material, grid: LinearGrid, loader: MultiCropLoader) -
             left = (now - start) / (step + 1 - done) * (total - step - 1)
             material.say(
                 f"official: epoch {epoch + 1}/{config.epochs}  lowest loss {best:.4f}  "
-                f"ETA {clock(left)}"
+                f"ETA {timedelta(seconds=round(left))}"
             )
             losses.zero_()
             since = step + 1

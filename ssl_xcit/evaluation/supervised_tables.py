@@ -4,7 +4,7 @@ import torch
 
 from ssl_xcit.checkpoints.zoo import zoo
 from ssl_xcit.evaluation.results import Result
-from ssl_xcit.models.flops import count_operations, count_parameters
+from ssl_xcit.models.flops import count_parameters, table_flops
 from ssl_xcit.models.variants import ARCHITECTURES
 from ssl_xcit.models.xcit import build_xcit
 
@@ -23,7 +23,7 @@ def compare_zoo() -> Result:
     rows = []
     for row in zoo().values():
         network, side = networks[row.arch], row.image_size
-        params, flops = count_parameters(network), count_operations(network, side, side).total
+        params, flops = count_parameters(network), table_flops(network, side)
         rows.append(
             {
                 "model": row.name,

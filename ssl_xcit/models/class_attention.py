@@ -51,14 +51,12 @@ class ClassAttentionBlock(nn.Module):
     `tokens_norm`, and are doubled by the last residual. The trained weights depend on this.
     """
 
-    def __init__(
-        self, embed_dim: int, num_heads: int, mlp_ratio: int, eta: float, tokens_norm: bool
-    ) -> None:
+    def __init__(self, embed_dim: int, num_heads: int, eta: float, tokens_norm: bool) -> None:
         super().__init__()
         self.norm1, self.norm2 = (nn.LayerNorm(embed_dim, eps=1e-6) for _ in range(2))
         self.gamma1, self.gamma2 = (nn.Parameter(torch.full((embed_dim,), eta)) for _ in range(2))
         self.attn = ClassAttention(embed_dim, num_heads)
-        self.mlp = MLP(embed_dim, mlp_ratio * embed_dim)
+        self.mlp = MLP(embed_dim)
         self.tokens_norm = tokens_norm
 
     def normalise(

@@ -77,12 +77,12 @@ class ConvPatchEmbed(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear, exact GELU, Linear."""
+    """Linear to four times the width, exact GELU, Linear back."""
 
-    def __init__(self, embed_dim: int, hidden_dim: int) -> None:
+    def __init__(self, embed_dim: int) -> None:
         super().__init__()
-        self.fc1 = Linear(embed_dim, hidden_dim)
-        self.fc2 = Linear(hidden_dim, embed_dim)
+        self.fc1 = Linear(embed_dim, 4 * embed_dim)
+        self.fc2 = Linear(4 * embed_dim, embed_dim)
 
     def forward(
         self, x: Float[Tensor, "... d"], gain: Float[Tensor, " d"] | None = None

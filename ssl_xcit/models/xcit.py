@@ -15,10 +15,8 @@ stream stays float32.
 """
 
 import contextlib
-import difflib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 
 import torch
 from jaxtyping import Float, Int64
@@ -27,14 +25,13 @@ from torch.utils.checkpoint import checkpoint
 
 from ssl_xcit.models.class_attention import ClassAttentionBlock
 from ssl_xcit.models.layers import MLP, ConvPatchEmbed, FourierPositions
-from ssl_xcit.models.variants import ARCHITECTURES, VARIANTS
+from ssl_xcit.models.variants import VARIANTS, check_arch
 from ssl_xcit.operators.drop_path import Kept, add_branch
 from ssl_xcit.operators.linear import initialise
 from ssl_xcit.operators.lpi import LPI
-from ssl_xcit.operators.tokens import Grid, join_tokens, split_tokens
+from ssl_xcit.operators.tokens import Grid, Tokens, join_tokens, split_tokens
 from ssl_xcit.operators.xca import XCA
 from ssl_xcit.runtime.draws import uniform
-from ssl_xcit.runtime.errors import UserError
 
 
 def build_xcit(
@@ -42,15 +39,9 @@ def build_xcit(
 ) -> "XCiT":
     """Build the architecture `arch`, freshly initialised; `num_classes=0` builds the backbone.
 
-    Raises:
-        UserError: there is no such architecture (the message names the closest match).
+    Raises UserError, which names the closest matches, if there is no such architecture.
     """
-    if arch not in ARCHITECTURES:
-        nearest = difflib.get_close_matches(arch, ARCHITECTURES, n=1, cutoff=0.0)[0]
-        raise UserError(
-            f"no architecture is called {arch!r}; did you mean {nearest!r}? "
-            f"Choose from: {', '.join(ARCHITECTURES)}"
-        )
+    check_arch(arch)
     name, _, patch_size = arch.rpartition("_p")
     return XCiT(
         int(patch_size),
@@ -67,7 +58,7 @@ class XCABlock(nn.Module):
     The official code numbers LPI's norm and gains 3, although LPI comes second.
     """
 
-    def __init__(self, embed_dim: int, num_heads: int, mlp_ratio: int, eta: float) -> None:
+    def __init__(self, embed_dim: int, num_heads: int, eta: float) -> None:
         super().__init__()
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(embed_dim, eps=1e-6) for _ in range(3))
         self.gamma1, self.gamma2, self.gamma3 = (
@@ -75,27 +66,24 @@ class XCABlock(nn.Module):
         )
         self.attn = XCA(embed_dim, num_heads)
         self.local_mp = LPI(embed_dim)
-        self.mlp = MLP(embed_dim, mlp_ratio * embed_dim)
+        self.mlp = MLP(embed_dim)
 
     def forward(
-        self,
-        x: Float[Tensor, "t d"],
-        grids: Sequence[Grid],
-        kept: tuple[Kept, Kept, Kept] | None = None,
-    ) -> Float[Tensor, "t d"]:
+        self, x: Tokens, grids: Sequence[Grid], kept: tuple[Kept, Kept, Kept] | None = None
+    ) -> Tokens:
         """Apply the branches to the tokens of all `grids`; `kept`: drop path of XCA, LPI, MLP."""
         of_xca, of_lpi, of_mlp = kept or (None, None, None)
         x = add_branch(x, self._xca, grids, of_xca)
         x = add_branch(x, self._lpi, grids, of_lpi)
         return add_branch(x, self._mlp, grids, of_mlp)
 
-    def _xca(self, x: Float[Tensor, "t d"], grids: Sequence[Grid]) -> Float[Tensor, "t d"]:
+    def _xca(self, x: Tokens, grids: Sequence[Grid]) -> Tokens:
         return self.attn(self.norm1(x), grids, self.gamma1)
 
-    def _lpi(self, x: Float[Tensor, "t d"], grids: Sequence[Grid]) -> Float[Tensor, "t d"]:
+    def _lpi(self, x: Tokens, grids: Sequence[Grid]) -> Tokens:
         return self.local_mp(self.norm3(x), grids, self.gamma3)
 
-    def _mlp(self, x: Float[Tensor, "t d"], grids: Sequence[Grid]) -> Float[Tensor, "t d"]:
+    def _mlp(self, x: Tokens, grids: Sequence[Grid]) -> Tokens:
         return self.mlp(self.norm2(x), self.gamma2)
 
 
@@ -114,7 +102,6 @@ class XCiT(nn.Module):
         in_chans: channels of the image.
         drop_path_rate: probability that a sample skips a residual branch in training, the same in
             every block; the class-attention blocks have no drop path.
-        mlp_ratio: hidden size of the MLPs, as a multiple of embed_dim.
 
     Attributes:
         activation_checkpointing: store only the input of each block and recompute the block in the
@@ -138,7 +125,6 @@ class XCiT(nn.Module):
         num_classes: int = 1000,
         in_chans: int = 3,
         drop_path_rate: float = 0.0,
-        mlp_ratio: int = 4,
     ) -> None:
         super().__init__()
         self.patch_size, self.embed_dim, self.num_classes = patch_size, embed_dim, num_classes
@@ -146,11 +132,9 @@ class XCiT(nn.Module):
         self.patch_embed = ConvPatchEmbed(patch_size, embed_dim, in_chans)
         self.pos_embeder = FourierPositions(embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.blocks = nn.ModuleList(
-            XCABlock(embed_dim, num_heads, mlp_ratio, eta) for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(XCABlock(embed_dim, num_heads, eta) for _ in range(depth))
         self.cls_attn_blocks = nn.ModuleList(
-            ClassAttentionBlock(embed_dim, num_heads, mlp_ratio, eta, tokens_norm) for _ in range(2)
+            ClassAttentionBlock(embed_dim, num_heads, eta, tokens_norm) for _ in range(2)
         )
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
@@ -270,9 +254,10 @@ class XCiT(nn.Module):
         if not (self.activation_checkpointing and torch.is_grad_enabled()):
             return part_call(*arguments)
         # A compiled graph does not repeat buffer updates, and drop path is already drawn.
-        again = {} if torch.compiler.is_compiling() else {"context_fn": lambda: _again(part)}
         options = {"use_reentrant": False, "preserve_rng_state": False}
-        return checkpoint(part_call, *arguments, **options, **again)
+        if not torch.compiler.is_compiling():  # contexts of the forward pass and of its repetition
+            options["context_fn"] = lambda: (contextlib.nullcontext(), _buffers_kept(part))
+        return checkpoint(part_call, *arguments, **options)
 
     def _kept(
         self, grids: Sequence[Grid], keys: Sequence[Int64[Tensor, " _b"]] | None
@@ -329,11 +314,6 @@ class XCiT(nn.Module):
 def _compiled_forward(kind: type[nn.Module]) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
     """The compiled `forward` of all modules of a class, with one graph per image size."""
     return torch.compile(kind.forward, dynamic=False)
-
-
-def _again(part: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
-    """Contexts of a checkpointed part's forward pass and of its recomputation."""
-    return contextlib.nullcontext(), _buffers_kept(part)
 
 
 @contextlib.contextmanager

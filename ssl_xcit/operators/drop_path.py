@@ -52,8 +52,8 @@ class _TakeSamples(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Float[Tensor, "t d"], grids: Sequence[Grid], rows: Sequence[Int64[Tensor, " _kept"]]
-    ) -> tuple[Float[Tensor, "_kept d"], ...]:
+        ctx, x: Tensor, grids: Sequence[Grid], rows: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
         ctx.grids, ctx.rows = grids, rows
         return _take(x, grids, rows)
 
@@ -69,13 +69,7 @@ class _AddSamples(torch.autograd.Function):
     """Adds scale * some to the kept samples of x."""
 
     @staticmethod
-    def forward(
-        ctx,
-        x: Float[Tensor, "t d"],
-        grids: Sequence[Grid],
-        kept: Kept,
-        *some: Float[Tensor, "_kept d"],
-    ) -> Float[Tensor, "t d"]:
+    def forward(ctx, x: Tensor, grids: Sequence[Grid], kept: Kept, *some: Tensor) -> Tensor:
         ctx.grids, ctx.kept = grids, kept
         return _add(x.clone(), grids, kept.rows, some, kept.scale)
 

@@ -20,6 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from ssl_xcit.runtime.processor import made_by_intel
 
+Gain = Float[Tensor, " d"] | None  # of LayerScale
+
 
 class Linear(nn.Linear):
     """nn.Linear computed by `linear`."""
@@ -59,8 +61,11 @@ def linear(
         return F.linear(x, *scaled_weights(weight, bias, gain))
     low = compute_dtype(x)
     if torch.is_grad_enabled():
-        return _OneDnnLinear.apply(x, weight, bias, gain, low)
-    return _product(x.to(low), *scaled_weights(weight, bias, gain, low))
+        return _Linear.apply(x, weight, bias, gain, low, False)
+    weight, bias = scaled_weights(weight, bias, gain, low)
+    if low == torch.float32 and made_by_intel():
+        return F.linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x.to(low), weight, bias, "none", [], "")
 
 
 def gelu_linear(
@@ -77,7 +82,7 @@ def gelu_linear(
         return linear(F.gelu(x), weight, bias, gain)
     if gain is not None and not takes_gain(x):
         return gain * gelu_linear(x, weight, bias)
-    return _GeluLinear.apply(x.to(compute_dtype(x)), weight, bias, gain)
+    return _Linear.apply(x, weight, bias, gain, compute_dtype(x), True)
 
 
 def takes_gain(x: Tensor) -> bool:
@@ -139,87 +144,43 @@ def _autocasts(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-class _OneDnnLinear(torch.autograd.Function):
-    """oneDNN's operator with autocast's casts, and with the gradient that the operator lacks."""
+class _Linear(torch.autograd.Function):
+    """`linear` of x, or of gelu(x) recomputed from x, in dtype `low` (as autocast casts).
+
+    With y = x U^T, U the scaled and rounded weight, the gradients are dx = dy U, dU = dy^T x,
+    dW = gain dU, dgain = sum_c dU W + db_scaled b, and likewise for b.
+    """
 
     @staticmethod
-    def forward(
-        ctx,
-        x: Float[Tensor, "... c"],
-        weight: Float[Tensor, "d c"],
-        bias: Float[Tensor, " d"] | None,
-        gain: Float[Tensor, " d"] | None,
-        low: torch.dtype,
-    ) -> Float[Tensor, "... d"]:
+    def forward(ctx, x, weight, bias, gain, low: torch.dtype, gelu: bool) -> Tensor:
         x = x.to(low)
         used, used_bias = scaled_weights(weight, bias, gain, low)
         ctx.save_for_backward(x, used, weight, bias, gain)
-        return _product(x, used, used_bias)
+        ctx.gelu = gelu
+        return linear(F.gelu(x) if gelu else x, used, used_bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Float[Tensor, "... d"]) -> tuple[Tensor | None, ...]:
-        return *_gradients(grad, *ctx.saved_tensors, ctx.needs_input_grad), None
-
-
-class _GeluLinear(torch.autograd.Function):
-    """`linear` of gelu(x), with a gradient computed from x."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        x: Float[Tensor, "... c"],
-        weight: Float[Tensor, "d c"],
-        bias: Float[Tensor, " d"],
-        gain: Float[Tensor, " d"] | None,
-    ) -> Float[Tensor, "... d"]:
-        used, used_bias = scaled_weights(weight, bias, gain, x.dtype)
-        ctx.save_for_backward(x, used, weight, bias, gain)
-        return linear(F.gelu(x), used, used_bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Float[Tensor, "... d"]) -> tuple[Tensor | None, ...]:
-        x, *weights = ctx.saved_tensors
-        d_gelu, *others = _gradients(grad, F.gelu(x), *weights, ctx.needs_input_grad)
-        d_x = None if d_gelu is None else torch.ops.aten.gelu_backward(d_gelu, x)
-        return d_x, *others
-
-
-def _gradients(
-    grad: Float[Tensor, "... d"],
-    x: Float[Tensor, "... c"],
-    used: Float[Tensor, "d c"],
-    weight: Float[Tensor, "d c"],
-    bias: Float[Tensor, " d"] | None,
-    gain: Float[Tensor, " d"] | None,
-    wanted: tuple[bool, ...],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, weight, bias and gain if `wanted`; `used` is the scaled and rounded weight.
-
-    dx = dy U, dU = dy^T x, dW = gain dU, dgain = sum_c dU W + db_scaled b; likewise for b.
-    """
-    rows = grad.flatten(0, -2)
-    # torch computes bfloat16 with oneDNN too, and in these layouts its own call is faster.
-    product = linear if grad.dtype == torch.float32 else F.linear
-    d_x = product(grad, used.t()) if wanted[0] else None
-    d_weight = d_bias = d_gain = None
-    if wanted[1] or wanted[3]:
-        d_weight = product(rows.t(), x.flatten(0, -2).t()).to(weight.dtype)
-    if bias is not None and (wanted[2] or wanted[3]):
-        d_bias = rows.sum(dim=0).to(bias.dtype)
-    if gain is not None:
-        if wanted[3]:
-            d_gain = (d_weight * weight).sum(dim=1)
-            d_gain = d_gain if bias is None else d_gain.addcmul_(d_bias, bias)
-        d_weight = gain[:, None] * d_weight if wanted[1] else None
-        d_bias = gain * d_bias if wanted[2] else None
-    return d_x, d_weight, d_bias, d_gain
-
-
-def _product(
-    x: Float[Tensor, "... c"], weight: Float[Tensor, "d c"], bias: Float[Tensor, " d"] | None = None
-) -> Float[Tensor, "... d"]:
-    if x.dtype == torch.float32 and made_by_intel():
-        return F.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        x, used, weight, bias, gain = ctx.saved_tensors
+        of_x, of_weight, of_bias, of_gain, *_ = ctx.needs_input_grad
+        d_x = d_weight = d_bias = d_gain = None
+        rows, inputs = grad.flatten(0, -2), F.gelu(x) if ctx.gelu else x
+        # torch computes bfloat16 with oneDNN too, and in these layouts its own call is faster.
+        product = linear if grad.dtype == torch.float32 else F.linear
+        if of_x:
+            d_x = product(grad, used.t())
+        if of_weight or of_gain:
+            d_weight = product(rows.t(), inputs.flatten(0, -2).t()).to(weight.dtype)
+        if bias is not None and (of_bias or of_gain):
+            d_bias = rows.sum(dim=0).to(bias.dtype)
+        if gain is not None:
+            if of_gain:
+                d_gain = (d_weight * weight).sum(dim=1)
+                d_gain = d_gain if bias is None else d_gain.addcmul_(d_bias, bias)
+            d_weight = gain[:, None] * d_weight if of_weight else None
+            d_bias = gain * d_bias if of_bias else None
+        del inputs  # its memory is free for what follows
+        if ctx.gelu and of_x:
+            d_x = torch.ops.aten.gelu_backward(d_x, x)
+        return d_x, d_weight, d_bias, d_gain, None, None

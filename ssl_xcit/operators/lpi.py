@@ -8,8 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ssl_xcit.operators.linear import compute_dtype, scaled_weights, takes_gain
-from ssl_xcit.operators.tokens import Grid, join_tokens, split_tokens
+from ssl_xcit.operators.linear import Gain, compute_dtype, scaled_weights, takes_gain
+from ssl_xcit.operators.tokens import Grid, Tokens, join_tokens, split_tokens
 
 
 class LPI(nn.Module):
@@ -21,31 +21,20 @@ class LPI(nn.Module):
         self.bn = nn.BatchNorm2d(embed_dim)
         self.conv2 = nn.Conv2d(embed_dim, embed_dim, 3, padding=1, groups=embed_dim)
 
-    def forward(
-        self,
-        x: Float[Tensor, "t d"],
-        grids: Sequence[Grid],
-        gain: Float[Tensor, " d"] | None = None,
-    ) -> Float[Tensor, "t d"]:
+    def forward(self, x: Tokens, grids: Sequence[Grid], gain: Gain = None) -> Tokens:
         """Apply LPI; `gain` (LayerScale) scales the output. BatchNorm runs grid by grid."""
         inside = gain if takes_gain(x) else None
-        kernels = _kernels(self.conv1, None, x), _kernels(self.conv2, inside, x)
-        parts = zip(split_tokens(x, grids), grids, strict=True)
-        out = join_tokens(self._of_one_size(part, grid, *kernels) for part, grid in parts)
+        first, second = _kernels(self.conv1, None, x), _kernels(self.conv2, inside, x)
+        parts = []
+        for part, grid in zip(split_tokens(x, grids), grids, strict=True):
+            image = part.mT.unflatten(2, (grid.rows, grid.columns))  # (b, d, ...): a view
+            image = self.bn(F.gelu(_depthwise(image, *first)))
+            parts.append(_depthwise(image, *second).flatten(2).transpose(1, 2))
+        out = join_tokens(parts)
         return out if inside is gain else gain * out
 
-    def _of_one_size(
-        self, x: Float[Tensor, "b n d"], grid: Grid, first: "Kernels", second: "Kernels"
-    ) -> Float[Tensor, "b n d"]:
-        image = x.transpose(1, 2).unflatten(2, (grid.rows, grid.columns))  # (b, d, ...): a view
-        image = self.bn(F.gelu(_depthwise(image, *first)))
-        return _depthwise(image, *second).flatten(2).transpose(1, 2)
 
-
-Kernels = tuple[Float[Tensor, "d 1 3 3"], Float[Tensor, " d"]]
-
-
-def _kernels(conv: nn.Conv2d, gain: Float[Tensor, " d"] | None, x: Tensor) -> Kernels:
+def _kernels(conv: nn.Conv2d, gain: Gain, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return weight and bias, scaled and in the compute dtype of `x`, once for all grids."""
     # Flattening gives the weight's gradient the weight's own strides. A channels_last convolution
     # would give it (9, 1, 3, 1), which DistributedDataParallel warns about and copies, and which
@@ -73,12 +62,7 @@ class _SmallDepthwise(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx,
-        x: Float[Tensor, "b d rows columns"],
-        weight: Float[Tensor, "d 1 3 3"],
-        bias: Float[Tensor, " d"],
-    ) -> Float[Tensor, "b d rows columns"]:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         return F.conv2d(x, weight, bias, padding=1, groups=len(weight))
 
@@ -87,16 +71,13 @@ class _SmallDepthwise(torch.autograd.Function):
     def backward(ctx, grad: Float[Tensor, "b d rows columns"]) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)
-
-        def derive(grad: Tensor, x: Tensor, wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-            sizes = [len(weight)], [1, 1], [1, 1], [1, 1], False, [0, 0], len(weight)
-            return torch.ops.aten.convolution_backward(grad, x, weight, *sizes, wanted)
-
+        derive = torch.ops.aten.convolution_backward
+        sizes = [len(weight)], [1, 1], [1, 1], [1, 1], False, [0, 0], len(weight)
         of_x, *of_others = ctx.needs_input_grad
-        d_x = derive(grad, x, (of_x, False, False))[0] if of_x else None
+        d_x = derive(grad, x, weight, *sizes, (of_x, False, False))[0] if of_x else None
         if not any(of_others):
             return d_x, None, None
         rows, columns = x.shape[2:]
         borders = (0, max(0, 3 - columns), 0, max(0, 3 - rows))
         wider = F.pad(grad, borders), F.pad(x, borders)
-        return d_x, *derive(*wider, (False, *of_others))[1:]
+        return d_x, *derive(*wider, weight, *sizes, (False, *of_others))[1:]

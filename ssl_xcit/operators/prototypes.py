@@ -41,20 +41,14 @@ class WeightNormLinear(nn.Module):
 
 
 class _Logits(torch.autograd.Function):
-    """y = s (x v^T), s_k = g_k / |v_k|.
+    """y = s (x v^T), s_k = g_k / |v_k|, of x (b, d), v (K, d) and g (K, 1).
 
     s scales the columns of y instead of the rows of v, which costs a pass over the logits instead
     of the prototypes.
     """
 
     @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx,
-        x: Float[Tensor, "b d"],
-        v: Float[Tensor, "k d"],
-        g: Float[Tensor, "k 1"],
-        frozen: bool,
-    ) -> Float[Tensor, "b k"]:
+    def forward(ctx, x: Tensor, v: Tensor, g: Tensor, frozen: bool) -> Tensor:
         low = compute_dtype(x)
         with without_autocast(x):
             length = torch.linalg.vector_norm(v, dim=1)
@@ -67,9 +61,7 @@ class _Logits(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, grad: Float[Tensor, "b k"]
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx, grad: Float[Tensor, "b k"]) -> tuple[Tensor | None, ...]:
         x, v, rounded, product, g, length = ctx.saved_tensors
         scaled = grad * (g[:, 0] / length)
         grad_x = linear(scaled.to(rounded.dtype), rounded.mT).to(x.dtype)

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+Tokens = Float[Tensor, "t d"]
+
 
 class Grid(NamedTuple):
     """`b` images of rows x columns tokens each, stored row by row."""

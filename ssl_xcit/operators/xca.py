@@ -8,8 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ssl_xcit.operators.linear import Linear, linear, without_autocast
-from ssl_xcit.operators.tokens import Grid, join_tokens, split_tokens
+from ssl_xcit.operators.linear import Gain, Linear, linear, without_autocast
+from ssl_xcit.operators.tokens import Grid, Tokens, join_tokens, split_tokens
 
 
 def attend(
@@ -88,19 +88,18 @@ class _Attend(torch.autograd.Function):
         out, saved = qkv.new_empty(len(qkv), *qkv.shape[2:]), []
         for part, to in zip(split_tokens(qkv, grids), split_tokens(out, grids), strict=True):
             packed = _pack(part)
+            n, e = packed.shape[3:]
             with without_autocast(qkv):
                 mixed, inverse, product, attention = attend_dividing_late(packed, temperature)
             to.copy_(mixed.transpose(1, 2))
-            saved += [packed, inverse, None if _has_few_tokens(packed) else product, attention]
+            saved += [packed, inverse, None if n < e else product, attention]
         ctx.save_for_backward(temperature, *saved)
         ctx.grids = grids
         return out.flatten(1)
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx, grad: Float[Tensor, "t d"]
-    ) -> tuple[Float[Tensor, "t 3 heads e"], Float[Tensor, "heads 1 1"], None]:
+    def backward(ctx, grad: Float[Tensor, "t d"]) -> tuple[Tensor | None, ...]:
         temperature, *saved = ctx.saved_tensors
         heads, e = len(temperature), grad.shape[1] // len(temperature)
         d_qkv = grad.new_empty(len(grad), 3, heads, e)
@@ -146,10 +145,6 @@ def _gradients(
     return of_q.sum(dim=(0, 2))[:, None, None] / temperature
 
 
-def _has_few_tokens(packed: Float[Tensor, "3 b heads n e"]) -> bool:
-    return packed.shape[3] < packed.shape[4]
-
-
 def _pack(qkv: Float[Tensor, "b n 3 heads e"]) -> Float[Tensor, "3 b heads n e"]:
     # One copy here, or each batched product would make its own. With the channels last, it copies
     # contiguous runs of e numbers; a copy with the tokens last takes five times as long on a CPU.
@@ -171,12 +166,7 @@ class XCA(nn.Module):
         self.qkv = Linear(embed_dim, 3 * embed_dim)
         self.proj = Linear(embed_dim, embed_dim)
 
-    def forward(
-        self,
-        x: Float[Tensor, "t d"],
-        grids: Sequence[Grid],
-        gain: Float[Tensor, " d"] | None = None,
-    ) -> Float[Tensor, "t d"]:
+    def forward(self, x: Tokens, grids: Sequence[Grid], gain: Gain = None) -> Tokens:
         """Apply XCA to the tokens of all `grids`; `gain` (LayerScale) scales the output."""
         qkv = self.qkv(x).unflatten(1, (3, self.num_heads, -1))  # (t, 3, heads, d/heads)
         plain = torch.compiler.is_compiling() or qkv.dtype == torch.float16
@@ -184,13 +174,10 @@ class XCA(nn.Module):
             mixed = _Attend.apply(qkv, self.temperature, grids)
         else:
             with without_autocast(qkv):
-                outs = [self._mixed(_pack(part), plain) for part in split_tokens(qkv, grids)]
+                parts = map(_pack, split_tokens(qkv, grids))
+                if plain:
+                    outs = [attend(part, self.temperature) for part in parts]
+                else:
+                    outs = [attend_dividing_late(part, self.temperature).mixed for part in parts]
             mixed = join_tokens(out.to(qkv.dtype).transpose(1, 2).flatten(2) for out in outs)
         return linear(mixed, self.proj.weight, self.proj.bias, gain)
-
-    def _mixed(
-        self, packed: Float[Tensor, "3 b heads n e"], plain: bool
-    ) -> Float[Tensor, "b heads n e"]:
-        if plain:
-            return attend(packed, self.temperature)
-        return attend_dividing_late(packed, self.temperature).mixed

@@ -18,7 +18,7 @@ from ssl_xcit.evaluation.features import extract_features
 from ssl_xcit.evaluation.knn import cosine_top_k
 from ssl_xcit.evaluation.subject import Subject, checkpoint_subject
 from ssl_xcit.finetune.config import FinetuneConfig
-from ssl_xcit.models.flops import count_operations
+from ssl_xcit.models.flops import forward_flops
 from ssl_xcit.report.preview import first_samples
 from ssl_xcit.report.sheet import to_image
 from ssl_xcit.report.visualize import (
@@ -101,8 +101,9 @@ def seen(run: Path, config: TrainConfig | FinetuneConfig, device: str = "auto") 
         searched = MOST_SEARCHED
         if ranks.device.type == "cpu":  # fewer, the more each costs
             backbone = subject.backbone
-            cost = count_operations(backbone, view.size, view.size, conventional=False)
-            searched = int(np.clip(CPU_BUDGET / cost.multiply_adds, LEAST_SEARCHED, MOST_SEARCHED))
+            image = torch.empty(1, subject.in_chans, view.size, view.size, device="meta")
+            multiply_adds = forward_flops(backbone, image)["Global"] / 2
+            searched = int(np.clip(CPU_BUDGET / multiply_adds, LEAST_SEARCHED, MOST_SEARCHED))
         among = spread(len(pool), searched)
         if samples is pool:  # an image is not its own neighbour
             among = np.setdiff1d(among, chosen)

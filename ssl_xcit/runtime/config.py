@@ -13,10 +13,11 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Literal
 
-from ssl_xcit.runtime import options
-from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.runtime import options, processor
+from ssl_xcit.runtime.errors import UserError, exit_on_user_error
 from ssl_xcit.runtime.files import write_text
 from ssl_xcit.runtime.options import Config
 
@@ -107,6 +108,23 @@ def load_config(
         options.build_parser(cls, values.items()).print_help()
         raise SystemExit(0)
     return options.build(cls, values)
+
+
+def run_command(
+    cls: type[Config],
+    target: str,
+    files: Sequence[str] = (),
+    argv: Sequence[str] | None = None,
+) -> None:
+    """Read the configuration as `load_config` does, and call `target` ("module:function") with it.
+
+    The target is imported only once the configuration is known to be valid. A UserError becomes
+    one line on stderr and exit status 2.
+    """
+    with exit_on_user_error():
+        config = load_config(cls, files, argv)
+        processor.prepare()
+        resolve_name(target)(config)
 
 
 def over_recipes(

@@ -63,7 +63,11 @@ def setup(device: str = "auto", timeout_s: float = 1800.0) -> Distributed:
     incomplete environment.
     """
     place = find_place(os.environ)
-    chosen = _prepare(choose_device(device, 0 if place.own_gpu else place.local_rank))
+    chosen = choose_device(device, 0 if place.own_gpu else place.local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)  # for kernels launched without naming a device
+    else:
+        neighbours.watch()
     if place.world_size > 1:
         # Other code finds torchrun's variables, whatever the launcher
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = place.address, str(place.port)
@@ -179,14 +183,6 @@ def choose_device(device: str, local_rank: int) -> torch.device:
             f"{local_rank}: lower --nproc-per-node"
         )
     return torch.device("cuda", index)
-
-
-def _prepare(device: torch.device) -> torch.device:
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # for kernels launched without naming a device
-    else:
-        neighbours.watch()
-    return device
 
 
 def all_reduce_mean(tensor: Float[Tensor, "..."]) -> Float[Tensor, "..."]:

@@ -50,17 +50,12 @@ class Neighbours:
         self._rooms = (self.cores - threads) // max(1, threads - 1) + 1
         self._record = Path(f"/proc/self/task/{threading.get_native_id()}/schedstat")
         self._stop, self._release = threading.Event(), threading.Event()
-        self._held: list[threading.Thread] = []
+        self.held: list[threading.Thread] = []  # while there are any, waiting threads sleep at once
 
     @property
     def can_act(self) -> bool:
         """Whether the system reports waiting times, and few held threads suffice."""
         return self.threads > 1 and self._rooms <= self.MOST_ROOMS and self._record.exists()
-
-    @property
-    def have_room(self) -> bool:
-        """Whether waiting threads now sleep at once."""
-        return bool(self._held)
 
     def watch(self) -> None:
         """Check once per INTERVAL, until `stop`."""
@@ -81,19 +76,19 @@ class Neighbours:
 
     def decide(self, share: float) -> None:
         """Hold or release threads, given the `share` of the last interval spent waiting."""
-        if share > self.CROWDED and not self._held:
+        if share > self.CROWDED and not self.held:
             self._release.clear()
-            self._held = [
+            self.held = [
                 threading.Thread(target=self._hold, name="room", daemon=True)
                 for _ in range(self._rooms)
             ]
-            for thread in self._held:
+            for thread in self.held:
                 thread.start()
-        elif share < self.ALONE and self._held:
+        elif share < self.ALONE and self.held:
             self._release.set()
-            for thread in self._held:
+            for thread in self.held:
                 thread.join()
-            self._held = []
+            self.held = []
 
     def _hold(self) -> None:
         torch.ones(2**20).add_(1)  # large enough for all threads of a team

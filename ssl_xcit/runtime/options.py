@@ -13,6 +13,7 @@ import difflib
 import functools
 import inspect
 import itertools
+import operator
 import os
 import re
 import sys
@@ -93,14 +94,7 @@ def _leaf(name: str) -> str:
 
 def flat(config: object) -> dict[str, Value]:
     """{"arch": "xcit_nano_12_p8", "optim.lr": 0.0005, ...}"""
-    values = {}
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        if dataclasses.is_dataclass(value):
-            values |= {f"{item.name}.{leaf}": inner for leaf, inner in flat(value).items()}
-        else:
-            values[item.name] = value
-    return values
+    return {name: operator.attrgetter(name)(config) for name in leaves(type(config))}
 
 
 def nested(values: Mapping[str, object]) -> dict:
@@ -232,7 +226,7 @@ def read_flags(cls: type, argv: Sequence[str]) -> tuple[dict[str, Value], list[P
         if isinstance(value, list):
             kind = leaves(cls)[name]
             paths_or_names = typing.get_args(kind)[0] is str  # which may have spaces in them
-            given = value if paths_or_names else " ".join(value)
+            given = ",".join(value).split(",") if paths_or_names else " ".join(value)
             values[name] = _convert(kind, given, f"--{name}")
     return values, paths, wants_help
 

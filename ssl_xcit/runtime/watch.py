@@ -24,11 +24,7 @@ PATIENCE_S = 30.0  # how long the store may take to answer
 class Watch(AbstractContextManager):
     """Reports this rank's progress, and ends the process when another rank stalls.
 
-    With one rank, or a timeout of 0, it does nothing.
-
-    Args:
-        ranks: this process among the others.
-        timeout_s: how long a rank may wait for another.
+    `timeout_s`: how long a rank may wait for another. With 0, or one rank, it does nothing.
     """
 
     def __init__(self, ranks: Distributed, timeout_s: float) -> None:
@@ -37,14 +33,11 @@ class Watch(AbstractContextManager):
         self._reports: list[str] = []
         self._heard = time.monotonic()
         self._ended = threading.Event()
-        self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> "Watch":
         if self.ranks.world_size > 1 and self.timeout_s > 0:
             for target in (self._report, self._judge):
-                thread = threading.Thread(target=target, name="watch", daemon=True)
-                self._threads.append(thread)
-                thread.start()
+                threading.Thread(target=target, name="watch", daemon=True).start()
         return self
 
     def __exit__(self, *_) -> None:

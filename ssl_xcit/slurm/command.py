@@ -4,11 +4,10 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from ssl_xcit.runtime.command import run_command
-from ssl_xcit.runtime.config import load_config
+from ssl_xcit.runtime.config import load_config, run_command
 from ssl_xcit.runtime.errors import exit_on_user_error
 from ssl_xcit.slurm.config import EvaluationJobConfig, SubmitConfig
-from ssl_xcit.slurm.evaluations import find_script, split_arguments
+from ssl_xcit.slurm.evaluations import settings_of, split_arguments
 
 SUBMIT = "ssl_xcit.slurm.submit"  # needs submitit, which takes a while to import
 
@@ -27,8 +26,7 @@ def submit_evaluation(argv: Sequence[str]) -> None:
     """Submit an evaluation; `argv`: its name, its options and the job's."""
     with exit_on_user_error():
         name, *arguments = argv or [""]
-        script = find_script(name)
-        job, evaluation = split_arguments(script.config, arguments)
+        job, evaluation = split_arguments(settings_of(name), arguments)
         help_wanted = [token for token in evaluation if token in ("-h", "--help")]
         config = load_config(EvaluationJobConfig, ["slurm.yaml"], [*job, *help_wanted])
-        importlib.import_module(SUBMIT).submit_script(script, evaluation, config.slurm)
+        importlib.import_module(SUBMIT).submit_script(name, evaluation, config.slurm)

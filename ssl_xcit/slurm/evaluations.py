@@ -1,25 +1,11 @@
 """What can be submitted beside a pretraining, and which words of a command line are the job's."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from pkgutil import resolve_name
 
 from ssl_xcit.runtime import options
-from ssl_xcit.runtime.config import load_config
 from ssl_xcit.runtime.errors import UserError
-from ssl_xcit.runtime.references import resolve
 from ssl_xcit.slurm.config import SlurmConfig
-
-
-class Script(NamedTuple):
-    """An evaluation: the name of its command, and the class of its settings."""
-
-    name: str
-    config: type
-
-    def check(self, arguments: Sequence[str]) -> object:
-        """The settings that these arguments give. Raises UserError as the command would."""
-        return load_config(self.config, argv=arguments)
-
 
 CONFIGURATIONS = {
     "finetune": "finetune.config:FinetuneConfig",
@@ -30,12 +16,12 @@ CONFIGURATIONS = {
 }
 
 
-def find_script(name: str) -> Script:
-    """The evaluation of this name. Raises UserError if there is none."""
+def settings_of(name: str) -> type:
+    """The class of an evaluation's settings. Raises UserError if there is no such evaluation."""
     if name not in CONFIGURATIONS:
         known = ", ".join(CONFIGURATIONS)
         raise UserError(f"expected an evaluation ({known}), got {options.as_text(name)}")
-    return Script(name, resolve(f"ssl_xcit.{CONFIGURATIONS[name]}"))
+    return resolve_name(f"ssl_xcit.{CONFIGURATIONS[name]}")
 
 
 def split_arguments(cls: type, arguments: Sequence[str]) -> tuple[list[str], list[str]]:

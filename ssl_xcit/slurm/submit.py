@@ -16,9 +16,10 @@ from pathlib import Path
 
 from ssl_xcit.dino.config import TrainConfig
 from ssl_xcit.runtime import options
+from ssl_xcit.runtime.config import load_config
 from ssl_xcit.runtime.errors import UserError
 from ssl_xcit.slurm.config import SlurmConfig, SubmitConfig
-from ssl_xcit.slurm.evaluations import Script, find_script
+from ssl_xcit.slurm.evaluations import settings_of
 from ssl_xcit.slurm.folder import check_run_folder, describe, job_folder, next_code
 from ssl_xcit.slurm.job import Job, PretrainJob, ScriptJob
 
@@ -29,7 +30,6 @@ except ModuleNotFoundError as error:
     raise UserError("SLURM needs submitit: pip install 'ssl_xcit[slurm]'") from error
 
 PLACEHOLDER = "PLACEHOLDER: no --data given, nor slurm.images in configs/slurm.yaml"
-Member = tuple[TrainConfig, dict[str, options.Value]]  # a run, and its values of the sweep
 
 # Arguments of an evaluation that follows a training; {run} is the run folder
 AFTER_TRAINING = {
@@ -180,27 +180,27 @@ def submit(config: SubmitConfig) -> None:
     _follow(submitted, slurm, out if array else out.parent)
 
 
-def submit_script(script: Script, arguments: Sequence[str], slurm: SlurmConfig) -> None:
+def submit_script(name: str, arguments: Sequence[str], slurm: SlurmConfig) -> None:
     """Submit an evaluation with these arguments, and print how to follow it.
 
     The evaluation of a run folder has its logs there, and its result in eval/ unless --out says
     otherwise; any other evaluation gets a folder in slurm.runs. Raises UserError as `submit` does.
     """
-    given, _, _ = options.read_flags(script.config, arguments)
+    given, _, _ = options.read_flags(settings_of(name), arguments)
     about = given.get("checkpoint") or given.get("init")
     if about and (Path(about) / "run.json").exists():
         out, results = Path(about), Path(about) / "eval"
     else:
         stamp = datetime.now().strftime("%Y%m%d_%H%M%S")
-        out = results = Path(slurm.runs) / "evaluations" / f"{script.name}_{stamp}"
+        out = results = Path(slurm.runs) / "evaluations" / f"{name}_{stamp}"
     if "out" not in given:
-        result = results / RESULT_FILES.get(script.name, script.name)
+        result = results / RESULT_FILES.get(name, name)
         arguments = [*arguments, "--out", str(result)]
-    settings = script.check(arguments)
+    settings = load_config(settings_of(name), argv=arguments)
     code = next_code(out, slurm)
-    job = ScriptJob(code, str(out), slurm.max_idle_attempts, script.name, tuple(arguments))
-    submission = Submission(script.name, out.absolute() / "slurm", slurm, (job,))
-    command = f"ssl-xcit {script.name} {shlex.join(arguments)}"
+    job = ScriptJob(code, str(out), slurm.max_idle_attempts, name, tuple(arguments))
+    submission = Submission(name, out.absolute() / "slurm", slurm, (job,))
+    command = f"ssl-xcit {name} {shlex.join(arguments)}"
     if slurm.dry_run:
         print(submission.script())
         print(_commented(f"{command}\n"))
@@ -237,7 +237,7 @@ def _evaluation(name: str, config: SubmitConfig, training: Submission) -> Submis
     jobs = []
     for job in training.jobs:
         words = tuple(w.format(run=job.out, **images) for w in AFTER_TRAINING[name].split())
-        find_script(name).check(words)
+        load_config(settings_of(name), argv=words)  # refuses what the command would
         jobs.append(ScriptJob(job.code, words[-1], job.max_idle_attempts, name, words))
     return replace(
         training,
@@ -254,13 +254,13 @@ def _training(config: SubmitConfig, **changes: options.Value) -> TrainConfig:
     return options.build(TrainConfig, values | changes)
 
 
-def _sweep(config: SubmitConfig) -> list[Member]:
-    """Every combination of the sweep's values, each in a run folder named after them.
+def _sweep(config: SubmitConfig) -> list[tuple[TrainConfig, dict[str, options.Value]]]:
+    """The run of every combination of the sweep's values, in a folder named after them; the values.
 
     Raises UserError for an unknown name or a bad value.
     """
     grid: dict[str, list[str]] = {}
-    for word in config.slurm.sweep:  # "seed=0,1 lr=1" arrives split at commas and spaces
+    for word in " ".join(config.slurm.sweep).split():  # "seed=0,1 lr=1" arrives split at commas
         name, equals, value = word.partition("=")
         if equals:
             grid[name] = [value]

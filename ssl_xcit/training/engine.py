@@ -12,7 +12,6 @@ that the step does anyway, and the host reads the result one step later, so noth
 import contextlib
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -112,13 +111,13 @@ class Engine:
             except Stopped:
                 self._leave(step + 1)
             seconds = time.monotonic() - start
-            log.clock.skip(seconds)
+            log.skip(seconds)
             self.evaluating += seconds
             share = self.evaluating / (time.monotonic() - self.started)
             found |= {"speed/evaluation_share": round(share, 4)}
         row = log.row(step) | found
         log.write(row)
-        log.clock.restart(step + 1)
+        log.restart(step + 1)
         return row
 
     def _check(self) -> None:
@@ -154,7 +153,7 @@ class Engine:
     def _save(self, done: int) -> None:
         self.watch.doing(f"the save after {done} steps")
         self.log.say(self.saver.save(done))
-        self.log.clock.skip(self.saver.seconds)
+        self.log.skip(self.saver.seconds)
 
     def _give_up(self, done: int, bad_steps: int) -> None:
         """Stop after too many bad steps in a row; all ranks get here after the same step."""
@@ -208,7 +207,7 @@ def train_step(
     task.optimizer.zero_grad(set_to_none=True)
     task.after_update(now, means, bad)
     statistics.restore(bad)
-    excused = None
+    excused = torch.zeros_like(bad)
     if task.scaler.is_enabled():
         excused = bad & ~any_bad & (task.scaler.scale(grad_norm.new_ones(())) > 1)
     task.scaler.update()
@@ -240,30 +239,29 @@ class SharedMeans:
         return self.vector[:-2] / self.world_size, bad > 0, stop > 0
 
 
-class out_of_memory_advice(AbstractContextManager):  # noqa: N801 - reads as a statement
-    """Context manager that turns an out-of-memory error into one line of advice.
+@contextlib.contextmanager
+def out_of_memory_advice(
+    config: TaskConfig, *others: str, savers: Iterable[str] = ()
+) -> Iterator[None]:
+    """Turn an out-of-memory error into one line of advice.
 
     `others`: options that cost memory besides the batch size, as "--name value". `savers`: options
     that save memory, besides activation checkpointing.
     """
-
-    def __init__(self, config: TaskConfig, *others: str, savers: Iterable[str] = ()) -> None:
-        self.config, self.others, self.savers = config, others, savers
-
-    def __exit__(self, kind, error, traceback) -> None:
-        exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-            isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-        )
-        if exhausted:
-            optim, run = self.config.optim, self.config.run
-            others = (*self.others, f"--precision {run.precision}")
-            savers = [*self.savers]
-            if not run.activation_checkpointing:
-                savers.append("--activation_checkpointing true")
-            save = f", use {' or '.join(savers)}" if savers else ""
-            raise UserError(
-                f"out of memory at --batch_size_per_gpu {optim.batch_size_per_gpu} with "
-                f"--accumulation_steps {optim.accumulation_steps}, {', '.join(others)}: "
-                f"halve the batch and double the accumulation for the same result{save}, or lower "
-                "the others"
-            ) from error
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not exhausted and "can't allocate memory" not in str(error):
+            raise
+        optim, run = config.optim, config.run
+        checkpointing = [] if run.activation_checkpointing else ["--activation_checkpointing true"]
+        savers = [*savers, *checkpointing]
+        save = f", use {' or '.join(savers)}" if savers else ""
+        raise UserError(
+            f"out of memory at --batch_size_per_gpu {optim.batch_size_per_gpu} with "
+            f"--accumulation_steps {optim.accumulation_steps}, "
+            f"{', '.join(others)}, --precision {run.precision}: "
+            f"halve the batch and double the accumulation for the same result{save}, or lower "
+            "the others"
+        ) from error

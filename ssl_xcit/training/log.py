@@ -25,14 +25,16 @@ class Log:
             self.rows = task.recent(read_metrics(self.metrics.path))
         epochs = task.config.optim.epochs
         self.progress = Progress(epochs, task.steps_per_epoch, first_step, quiet=not self.chief)
-        self.clock = IntervalClock(task, first_step)
+        self.restart(first_step)
 
     def row(self, step: int) -> dict:
         """Return the row of `step`; the only place where the host waits for the device."""
         task = self.task
         means = distributed.all_reduce_mean(task.meters.means()).tolist()
         task.meters.reset()
-        speed, wait = self.clock.read(step + 1)
+        seconds = time.monotonic() - self.start
+        images = (step + 1 - self.done) * task.global_batch
+        waited = task.loader.wait_seconds - self.waited
         scheduled = task.hyperparameters(step).items()
         return {
             "step": step,
@@ -43,10 +45,19 @@ class Log:
             **({"train/loss_scale": task.scaler.get_scale()} if task.scaler.is_enabled() else {}),
             **{f"health/{name}": value for name, value in task.health().items()},
             **{f"schedule/{name}": value for name, value in scheduled},
-            "speed/images_per_sec": round(speed, 2),
-            "speed/data_wait": round(wait, 4),
+            "speed/images_per_sec": round(images / seconds, 2),
+            "speed/data_wait": round(waited / seconds, 4),
             "memory/peak_gib": round(_peak_memory(task.ranks.device), 3),
         }
+
+    def restart(self, done: int) -> None:
+        """Measure the speed anew, after `done` steps."""
+        self.done, self.start = done, time.monotonic()
+        self.waited = self.task.loader.wait_seconds
+
+    def skip(self, seconds: float) -> None:
+        """Exclude `seconds` that were not spent training (a save or an evaluation)."""
+        self.start += seconds
 
     def write(self, row: dict) -> None:
         """Store and print a row, and print the verdict if it has changed."""
@@ -78,29 +89,6 @@ class Log:
             self.metrics.close()
         for sink in self.sinks:
             sink.close()
-
-
-class IntervalClock:
-    """Images per second and data-wait share since the last record."""
-
-    def __init__(self, task: Task, done: int) -> None:
-        self.task = task
-        self.restart(done)
-
-    def restart(self, done: int) -> None:
-        """Start a new interval after `done` steps."""
-        self.done, self.start = done, time.monotonic()
-        self.waited = self.task.loader.wait_seconds
-
-    def skip(self, seconds: float) -> None:
-        """Exclude `seconds` that were not spent training (a save or an evaluation)."""
-        self.start += seconds
-
-    def read(self, done: int) -> tuple[float, float]:
-        """Return (images per second over all ranks, data-wait share) up to `done` steps."""
-        seconds = time.monotonic() - self.start
-        images = (done - self.done) * self.task.global_batch
-        return images / seconds, (self.task.loader.wait_seconds - self.waited) / seconds
 
 
 def _peak_memory(device: torch.device) -> float:

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -48,23 +49,15 @@ def _line(row: dict) -> str:
 
 
 class RunningMeans:
-    """Means over the steps since the last log, kept on the device so that adding never waits.
-
-    Attributes:
-        sums: sum of each value, and last the number of steps.
-        skipped: number of skipped steps: consecutive up to now, and in total.
-    """
+    """Means over the steps since the last log, kept on the device so that adding never waits."""
 
     def __init__(self, names: tuple[str, ...], device: torch.device) -> None:
         self.names = names
-        self.sums = torch.zeros(len(names) + 1, device=device)
-        self.skipped = torch.zeros(2, device=device)
+        self.sums = torch.zeros(len(names) + 1, device=device)  # last, the number of steps
+        self.skipped = torch.zeros(2, device=device)  # steps: consecutive up to now, and in total
 
     def add(
-        self,
-        *values: Float[Tensor, ""],
-        skip: Bool[Tensor, ""] | None = None,
-        excused: Bool[Tensor, ""] | None = None,
+        self, *values: Float[Tensor, ""], skip: Bool[Tensor, ""], excused: Bool[Tensor, ""]
     ) -> None:
         """Add one step's values, in the order of `names`; if `skip` is true, only count the step.
 
@@ -72,11 +65,9 @@ class RunningMeans:
         unchanged.
         """
         row = torch.stack([*(value.detach().float() for value in values), self.sums.new_ones(())])
-        if skip is not None:
-            row = torch.where(skip, 0.0, row)
-            self.skipped += torch.stack([skip if excused is None else skip & ~excused, skip])
-            self.skipped[0] *= skip
-        self.sums += row
+        self.sums += torch.where(skip, 0.0, row)
+        self.skipped += torch.stack([skip & ~excused, skip])
+        self.skipped[0] *= skip
 
     def means(self) -> Float[Tensor, " names"]:
         """The means so far, still on the device."""
@@ -112,7 +103,7 @@ class Progress:
             f"epoch {row['epoch'] + 1}/{self.epochs}  step {done}/{self.total}  "
             f"loss {row['train/loss']:.4f}  lr {row['schedule/lr']:.2e}  "
             f"{row['speed/images_per_sec']:.0f} images/s  "
-            f"data wait {100 * row['speed/data_wait']:.0f} %  ETA {clock(left)}"
+            f"data wait {100 * row['speed/data_wait']:.0f} %  ETA {timedelta(seconds=round(left))}"
             + "".join(
                 f"  {key.partition('/')[2]} {row[key]:.2f}"
                 for key in row
@@ -130,11 +121,3 @@ class Progress:
     def close(self) -> None:
         """Remove the bar."""
         self.bar.close()
-
-
-def clock(seconds: float) -> str:
-    """Format `seconds` as h:mm:ss, preceded by days if there are any."""
-    days, rest = divmod(round(seconds), 86_400)
-    hours, rest = divmod(rest, 3_600)
-    text = f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
-    return f"{days} d {text}" if days else text

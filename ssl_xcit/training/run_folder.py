@@ -34,7 +34,8 @@ def claim_folder(out: Path, kind: str, config: TaskConfig, global_batch: int) ->
         facts = {"format": RUN_FORMAT, "kind": kind, "global_batch": global_batch}
         write_text(out / "run.json", json.dumps(facts) + "\n")
         save_config(config, out / "config.yaml")
-    environment = {"command": sys.argv, "started": _now(), **host(), **versions()}
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    environment = {"command": sys.argv, "started": started, **host(), **versions()}
     write_text(out / "environment.json", json.dumps(environment, indent=1) + "\n")
 
 
@@ -106,7 +107,3 @@ def host() -> dict[str, str | int | None]:
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "gpus": torch.cuda.device_count(),
     }
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

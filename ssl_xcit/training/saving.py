@@ -4,7 +4,6 @@ import time
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ssl_xcit.checkpoints import folder as checkpoint
 from ssl_xcit.checkpoints.folder import StateDict
@@ -86,7 +85,12 @@ def restore(task: Task, tensors: dict[str, StateDict]) -> None:
         scale, growth = tensors["meters"]["scaler"].tolist()
         state = task.scaler.state_dict()
         task.scaler.load_state_dict(state | {"scale": scale, "_growth_tracker": int(growth)})
-    _load_optimizer(task, tensors["optimizer"])
+    names, moments = _parameter_names(task), {}
+    for key, value in tensors["optimizer"].items():
+        name, moment = key.rsplit("/", 1)
+        moments.setdefault(names.index(name), {})[moment] = value
+    groups = task.optimizer.state_dict()["param_groups"]
+    task.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
 
 def capture(task: Task, folder: Path, step: int) -> None:
@@ -107,11 +111,13 @@ def save(task: Task, folder: Path, step: int, keep: bool, **facts: object) -> ch
 
     Raises UserError if any tensor is not finite.
     """
-    tensors = {
-        **task.tensors(),
-        "meters": task.counters(),
-        "optimizer": _optimizer_tensors(task),
+    names = _parameter_names(task)
+    optimizer = {
+        f"{names[number]}/{moment}": tensor
+        for number, moments in task.optimizer.state_dict()["state"].items()
+        for moment, tensor in moments.items()
     }
+    tensors = {**task.tensors(), "meters": task.counters(), "optimizer": optimizer}
     finite = [tensor.isfinite().all() for group in tensors.values() for tensor in group.values()]
     if not torch.stack([flag.to(task.ranks.device) for flag in finite]).all():
         raise UserError(
@@ -124,24 +130,6 @@ def save(task: Task, folder: Path, step: int, keep: bool, **facts: object) -> ch
     return checkpoint.save_checkpoint(folder, step, tensors, state, keep_last=keep_last, keep=keep)
 
 
-def _optimizer_tensors(task: Task) -> StateDict:
-    """Return the optimiser's state as a flat dict of `<parameter>/<moment>` tensors."""
-    names = {id(p): name for name, p in task.bare_model.named_parameters()}
-    return {
-        f"{names[id(parameter)]}/{key}": value
-        for parameter, moments in task.optimizer.state.items()
-        for key, value in moments.items()
-    }
-
-
-def _load_optimizer(task: Task, tensors: StateDict) -> None:
-    """Inverse of `_optimizer_tensors`."""
-    order = [p for group in task.optimizer.param_groups for p in group["params"]]
-    position = {id(parameter): index for index, parameter in enumerate(order)}
-    names = {name: position.get(id(p)) for name, p in task.bare_model.named_parameters()}
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        name, moment = key.rsplit("/", 1)
-        state.setdefault(names[name], {})[moment] = value
-    groups = task.optimizer.state_dict()["param_groups"]
-    task.optimizer.load_state_dict({"state": state, "param_groups": groups})
+def _parameter_names(task: Task) -> list[str]:
+    """The parameters in the order in which the optimiser numbers them."""
+    return [name for group in task.optimizer.param_groups for name in group["param_names"]]

@@ -6,8 +6,6 @@ They have no state, so a resumed run needs no replay. The values equal the table
 
 import math
 
-from ssl_xcit.runtime.errors import UserError
-
 
 def cosine(
     step: int,
@@ -27,15 +25,8 @@ def cosine(
     The warm-up includes both ends: the first value is exactly `start`, `base` occurs twice, at
     W - 1 and at W, and the cosine stops one step short of `final`. A warm-up as long as the run or
     longer is shortened to the run: it rises faster, reaches `base` at the last step, and no cosine
-    follows (upstream raises an AssertionError if it is longer). Equal, element by element, to
-    upstream's `utils.cosine_scheduler`, which computes the same table with numpy.
-
-    Raises UserError for a run without steps or a negative warm-up.
+    follows (upstream raises an AssertionError if it is longer).
     """
-    if total_steps < 1:
-        raise UserError(f"expected a run of at least 1 step, got {total_steps}: raise the epochs")
-    if warmup_steps < 0:
-        raise UserError(f"expected a warm-up of 0 steps or more, got {warmup_steps}")
     assert 0 <= step < total_steps, f"step {step} is outside the run of {total_steps} steps"
     warmup = min(warmup_steps, total_steps)
     if step < warmup:
@@ -45,34 +36,17 @@ def cosine(
 
 
 def teacher_temp(
-    epoch: int,
-    warmup_temp: float,
-    temp: float,
-    warmup_epochs: int,
-    epochs: int | None = None,
+    epoch: int, warmup_temp: float, temp: float, warmup_epochs: int, epochs: int
 ) -> float:
     """Teacher temperature in `epoch` (from 0): linear from `warmup_temp` to `temp`, then `temp`.
 
     It is constant within an epoch. The ramp includes both ends: epoch 0 has `warmup_temp`, and
-    epoch warmup_epochs - 1 already has `temp` (a single warm-up epoch has `warmup_temp`). If
-    `epochs`, the length of the run, is given, a longer warm-up is shortened to it and reaches
-    `temp` in the last epoch; otherwise a short run sees only the beginning of the ramp. Upstream's
-    `DINOLoss.teacher_temp_schedule` is the same table, but fails if the warm-up is longer.
-
-    Raises UserError for a non-positive temperature or a negative warm-up.
+    epoch warmup_epochs - 1 already has `temp` (a single warm-up epoch has `warmup_temp`). A warm-up
+    longer than the run of `epochs` is shortened to it and reaches `temp` in the last epoch.
+    Upstream's `DINOLoss.teacher_temp_schedule` is the same table, but fails if it is longer.
     """
-    if min(warmup_temp, temp) <= 0:
-        raise UserError(f"expected teacher temperatures above 0, got {warmup_temp} and {temp}")
-    if warmup_epochs < 0:
-        raise UserError(f"expected warmup_teacher_temp_epochs >= 0, got {warmup_epochs}")
-    assert epoch >= 0, f"epoch {epoch} is before the run"
-    warmup = warmup_epochs if epochs is None else min(warmup_epochs, epochs)
+    warmup = min(warmup_epochs, epochs)
     return _ramp(epoch, warmup_temp, temp, warmup) if epoch < warmup else temp
-
-
-def last_layer_frozen(epoch: int, freeze_last_layer: int) -> bool:
-    """Whether the prototypes are frozen in `epoch`: in the first `freeze_last_layer` epochs."""
-    return epoch < freeze_last_layer
 
 
 def scaled_lr(lr: float, global_batch: int) -> float:

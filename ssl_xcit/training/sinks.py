@@ -8,31 +8,18 @@ neither is imported unless it is requested.
 
 import importlib.util
 import json
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from uuid import uuid4
 
 from ssl_xcit.runtime import options
 from ssl_xcit.runtime.errors import UserError
-from ssl_xcit.training.config import Run, TaskConfig
+from ssl_xcit.training.config import TaskConfig
 
 Row = Mapping[str, float | int | None]
 
 
-class Sink(ABC):
-    """Receives the rows of the log."""
-
-    @abstractmethod
-    def write(self, row: Row) -> None:
-        """Write one row so that it survives if this process is killed soon after."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Write what is pending and close."""
-
-
-class TensorBoardSink(Sink):
+class TensorBoardSink:
     """Writes scalars to `out`/tensorboard."""
 
     def __init__(self, out: Path, first_step: int) -> None:
@@ -52,7 +39,7 @@ class TensorBoardSink(Sink):
         self._writer.close()
 
 
-class WandbSink(Sink):
+class WandbSink:
     """Logs to a Weights & Biases run whose id is stored in `out`/wandb.json."""
 
     def __init__(self, out: Path, project: str, settings: Mapping[str, options.Value]) -> None:
@@ -88,26 +75,22 @@ class WandbSink(Sink):
         self._run.finish()
 
 
-def check_sinks(run: Run) -> None:
-    """Raise UserError if a requested package is not installed."""
-    wanted = {"tensorboard": run.tensorboard, "wandb": bool(run.wandb)}
-    for package, asked in wanted.items():
-        if asked and importlib.util.find_spec(package) is None:
-            raise UserError(
-                f"--run.{package} needs the package {package}, which is not installed: "
-                f"pip install {package}"
-            )
-
-
-def open_sinks(config: TaskConfig, first_step: int, chief: bool) -> list[Sink]:
+def open_sinks(
+    config: TaskConfig, first_step: int, chief: bool
+) -> list[TensorBoardSink | WandbSink]:
     """Open the sinks that the configuration requests, on the `chief` rank only.
 
     `first_step` is the first step that will be written. Raises UserError on all ranks if a
     requested package is not installed.
     """
     out, run = Path(config.out), config.run
-    check_sinks(run)
-    sinks: list[Sink] = []
+    for package, asked in (("tensorboard", run.tensorboard), ("wandb", run.wandb)):
+        if asked and importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"--run.{package} needs the package {package}, which is not installed: "
+                f"pip install {package}"
+            )
+    sinks = []
     if chief and run.tensorboard:
         sinks.append(TensorBoardSink(out, first_step))
     if chief and run.wandb:

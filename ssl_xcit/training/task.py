@@ -47,25 +47,16 @@ class Task(ABC):
     `loss` may already have run the backward pass of a part of the loss. Only `loss` sees
     micro-batches; updates that happen once per step belong in `after_update`. A task uses no random
     generator with a state, and keeps no state between steps except `tensors()`.
-
-    Attributes:
-        kind: name of this kind of training, stored in the run folder.
-        config: the settings; the engine reads out, optim.epochs, batch_size_per_gpu,
-            accumulation_steps, clip_grad, clip_mode and all of run.
-        precision: the precision in use, and why it was chosen.
-        loader: the training images; an epoch ends after `steps_per_epoch` steps.
-        model: the trained network, wrapped in DistributedDataParallel if there are several ranks.
-        meters: running means of the loss and the gradient norm.
     """
 
-    kind: ClassVar[str]
+    kind: ClassVar[str]  # stored in the run folder
     config: TaskConfig
-    precision: Precision
+    precision: Precision  # in use, and why it was chosen
     ranks: Distributed
-    loader: MultiCropLoader
-    model: nn.Module
+    loader: MultiCropLoader  # of the training images; an epoch ends after `steps_per_epoch` steps
+    model: nn.Module  # wrapped in DistributedDataParallel if there are several ranks
     optimizer: torch.optim.Optimizer
-    meters: RunningMeans
+    meters: RunningMeans  # of the loss and the gradient norm
 
     def configure(self, config: TaskConfig, ranks: Distributed) -> None:
         """Set config (with "auto" precision resolved), precision, ranks and meters."""
