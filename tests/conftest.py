@@ -10,7 +10,8 @@ from sklearn.datasets import load_sample_images
 from torch.utils.flop_counter import register_flop_formula
 
 from ssl_xcit.data.writer import write_beton
-from ssl_xcit.models.variants import VARIANTS
+from ssl_xcit.models import variants
+from ssl_xcit.models.variants import ARCHITECTURES, VARIANTS, Variant
 
 SIDE = 96  # pixels of a tile
 
@@ -21,7 +22,7 @@ torch.set_num_threads(1)
 
 # Whole files go to the workers. These take longest, so they begin, and no worker ends long after
 # the others. The rest follow in the order of their names.
-FIRST = """slurm_cluster demo reliability equality train readme wheel verdict guard diagnostics
+FIRST = """slurm_cluster demo reliability equality train readme wheel verdict guard health
     finetune linear knn supervised convert loader train_step plan xcit""".split()  # noqa: SIM905
 
 
@@ -62,4 +63,13 @@ def nano_blocks(request, monkeypatch) -> int:
     """xcit_nano_12 has so many blocks of its 12: they are alike, and each takes its time."""
     shallow = VARIANTS["xcit_nano_12"]._replace(depth=request.param)
     monkeypatch.setitem(VARIANTS, "xcit_nano_12", shallow)
+    return request.param
+
+
+@pytest.fixture(params=["micro_p16", "micro_p8"])
+def micro(request, monkeypatch) -> str:
+    """The folder of the tiny models that upstream files exist of, as an architecture of its own."""
+    variant = Variant(24, 2, 3, 1.0, tokens_norm=request.param == "micro_p8")
+    monkeypatch.setitem(VARIANTS, "micro", variant)
+    monkeypatch.setattr(variants, "ARCHITECTURES", (*ARCHITECTURES, request.param))
     return request.param

@@ -16,6 +16,14 @@ from ssl_xcit.checkpoints.read import expected_tensors
 from ssl_xcit.models.variants import VARIANTS
 
 PROGRAM = __file__
+TINY = {  # settings of a pretraining on crops of 32 pixels
+    "global_crops_size": 32,
+    "local_crops_number": 2,
+    "local_crops_size": 16,
+    "out_dim": 32,
+    "head_hidden_dim": 32,
+    "head_bottleneck_dim": 16,
+}
 either_depth = pytest.mark.parametrize("depth", [2, pytest.param(12, marks=pytest.mark.long)])
 
 

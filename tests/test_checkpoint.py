@@ -25,8 +25,6 @@ from ssl_xcit.checkpoints.formats import to_mmpretrain, to_timm
 from ssl_xcit.checkpoints.read import check_tensors, infer_arch, read, read_linear_weights
 from ssl_xcit.data.pixels import IMAGENET_MEAN, IMAGENET_STD
 from ssl_xcit.dino.head import DINOHead
-from ssl_xcit.models import variants
-from ssl_xcit.models.variants import ARCHITECTURES, VARIANTS, Variant
 from ssl_xcit.models.xcit import build_xcit
 from ssl_xcit.runtime.errors import UserError
 
@@ -35,15 +33,6 @@ SHARED = Path(__file__).parents[2] / "shared" / "fixtures"
 upstream_files = pytest.mark.skipif(
     not SHARED.exists(), reason="the shared files of the upstream programs are not beside us"
 )
-
-
-@pytest.fixture(params=["micro_p16", "micro_p8"])
-def micro(request, monkeypatch) -> str:
-    """The folder of the tiny models that upstream files exist of, as an architecture of its own."""
-    variant = Variant(24, 2, 3, 1.0, tokens_norm=request.param == "micro_p8")
-    monkeypatch.setitem(VARIANTS, "micro", variant)
-    monkeypatch.setattr(variants, "ARCHITECTURES", (*ARCHITECTURES, request.param))
-    return request.param
 
 
 def normalised(image_u8: np.ndarray) -> torch.Tensor:

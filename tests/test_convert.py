@@ -23,7 +23,7 @@ from ssl_xcit.checkpoints.folder import save_checkpoint
 from ssl_xcit.checkpoints.formats import to_timm, unwrap
 from ssl_xcit.checkpoints.read import identify, read
 from ssl_xcit.models import variants
-from ssl_xcit.models.variants import ARCHITECTURES, VARIANTS, Variant
+from ssl_xcit.models.variants import ARCHITECTURES, VARIANTS
 from ssl_xcit.models.xcit import build_xcit
 from ssl_xcit.runtime.errors import UserError
 
@@ -42,15 +42,6 @@ FILES = {
     "safetensors": "ours.safetensors",
     "dino": "dino.pth",
 }
-
-
-@pytest.fixture(params=["micro_p16", "micro_p8"])
-def micro(request, monkeypatch) -> str:
-    """The folder of the tiny models that upstream files exist of, as an architecture of its own."""
-    variant = Variant(24, 2, 3, 1.0, tokens_norm=request.param == "micro_p8")
-    monkeypatch.setitem(VARIANTS, "micro", variant)
-    monkeypatch.setattr(variants, "ARCHITECTURES", (*ARCHITECTURES, request.param))
-    return request.param
 
 
 def random_state(

@@ -15,7 +15,7 @@ import forked
 import pytest
 import torch
 from dump_ranks import digest
-from shallow import PROGRAM
+from shallow import PROGRAM, TINY
 from torch import Tensor
 
 from ssl_xcit.checkpoints import folder as checkpoint
@@ -23,12 +23,7 @@ from ssl_xcit.checkpoints import folder as checkpoint
 TESTS = Path(__file__).parent
 SETTINGS = {
     "arch": "xcit_nano_12_p16",
-    "global_crops_size": 32,
-    "local_crops_number": 2,
-    "local_crops_size": 16,
-    "out_dim": 32,
-    "head_hidden_dim": 32,
-    "head_bottleneck_dim": 16,
+    **TINY,
     "drop_path_rate": 0.3,
     "use_bn_in_head": "true",
     "clip_grad": 0.3,

@@ -16,6 +16,7 @@ import torch
 from conftest import photo_tiles
 from scipy.stats import beta, kstest
 from shallow import PROGRAM, networks
+from test_train import weights
 from timm.data.mixup import mixup_target
 from torchvision import models
 from torchvision.transforms import v2
@@ -88,17 +89,6 @@ def command(*arguments: str, script=(SCRIPT,), run=forked.run) -> subprocess.Com
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the newest checkpoint but the log's running means."""
-    found, _ = checkpoint.load_latest(out / "checkpoints")
-    return {
-        f"{group}/{key}": tensor
-        for group, state in found.tensors.items()
-        for key, tensor in state.items()
-        if group != "meters"
-    }
 
 
 # -- mixing --------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from pathlib import Path
 import forked
 import pytest
 import torch
+from shallow import TINY
 
 from ssl_xcit.checkpoints import folder as checkpoint
 from ssl_xcit.report.replay import replay
@@ -34,12 +35,7 @@ STEPS = 4  # of an epoch
 
 SETTINGS = {  # 32 steps of a shallow XCiT on crops of 32 pixels
     "arch": "xcit_shallow_p16",
-    "global_crops_size": 32,
-    "local_crops_number": 2,
-    "local_crops_size": 16,
-    "out_dim": 32,
-    "head_hidden_dim": 32,
-    "head_bottleneck_dim": 16,
+    **TINY,
     "batch_size_per_gpu": 12,
     "epochs": 8,
     "warmup_epochs": 1,

@@ -8,7 +8,7 @@ from pathlib import Path
 import forked
 import numpy as np
 import pytest
-from test_diagnostics import set_depth
+from test_health import set_depth
 from test_train import ROOT, config, flags
 
 from ssl_xcit.dino import train

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import photo_tiles
-from shallow import PROGRAM, networks
+from shallow import PROGRAM, TINY, networks
 
 from ssl_xcit.checkpoints import folder as checkpoint
 from ssl_xcit.data.writer import write_beton
@@ -33,12 +33,7 @@ from ssl_xcit.training.metrics import read_metrics
 ROOT = Path(__file__).parents[1]
 SMALL = {  # an xcit_nano_12_p16 on crops of 32 pixels, in float32: 0.2 s per step
     "arch": "xcit_nano_12_p16",
-    "global_crops_size": 32,
-    "local_crops_number": 2,
-    "local_crops_size": 16,
-    "out_dim": 32,
-    "head_hidden_dim": 32,
-    "head_bottleneck_dim": 16,
+    **TINY,
     "batch_size_per_gpu": 12,
     "epochs": 3,
     "warmup_epochs": 1,
