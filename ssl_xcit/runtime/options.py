@@ -224,9 +224,11 @@ def read_flags(cls: type, argv: Sequence[str]) -> tuple[dict[str, Value], list[P
         if value in (None, []):
             raise UserError(f"--{name} needs a value: {_describe(leaves(cls)[name])}")
         if isinstance(value, list):
-            kind = leaves(cls)[name]
-            paths_or_names = typing.get_args(kind)[0] is str  # which may have spaces in them
-            given = ",".join(value).split(",") if paths_or_names else " ".join(value)
+            kind, given = leaves(cls)[name], " ".join(value)
+            if name in places:  # paths: any character may be in them
+                given = value
+            elif typing.get_args(kind)[0] is str:  # names and assignments may have spaces in them
+                given = ",".join(value).split(",")
             values[name] = _convert(kind, given, f"--{name}")
     return values, paths, wants_help
 
