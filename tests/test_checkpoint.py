@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from ssl_xcit.checkpoints.formats import to_mmpretrain, to_timm
 from ssl_xcit.checkpoints.read import check_tensors, infer_arch, read, read_linear_weights
 from ssl_xcit.data.pixels import IMAGENET_MEAN, IMAGENET_STD
 from ssl_xcit.dino.head import DINOHead
+from ssl_xcit.evaluation.results import describe_subject
+from ssl_xcit.evaluation.subject import origin
 from ssl_xcit.models.xcit import build_xcit
 from ssl_xcit.runtime.errors import UserError
 
@@ -248,8 +251,28 @@ def test_statistics_are_the_checkpoints_else_its_runs_else_imagenets(tmp_path):
     state = {"mean": own[0], "std": own[1]}
     save_checkpoint(tmp_path / "checkpoints", 2, networks, state)
     assert read(tmp_path).statistics == own
-    file = tmp_path / "checkpoints" / "step_00000002" / "model.safetensors"
-    assert read(file).statistics == (IMAGENET_MEAN, IMAGENET_STD)
+    checkpoints = tmp_path / "checkpoints"
+    assert read(checkpoints / "step_00000002" / "model.safetensors").statistics == own
+    assert read(checkpoints / "step_00000001" / "model.safetensors").statistics == runs
+
+
+def test_a_copied_or_linked_checkpoint_keeps_its_statistics(tmp_path):
+    networks = {"model": build_xcit("xcit_nano_12_p16", num_classes=3).state_dict()}
+    own, runs = ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)), ((0.7, 0.6, 0.5), (0.1, 0.2, 0.3))
+    run = tmp_path / "run"
+    save_checkpoint(run / "checkpoints", 1, networks, {"mean": own[0], "std": own[1]})
+    save_checkpoint(run / "checkpoints", 2, networks, {})  # of an older version
+    crops = {"crops": {"mean": list(runs[0]), "std": list(runs[1])}}
+    (run / "config.yaml").write_text(yaml.safe_dump(crops))
+    shutil.copytree(run / "checkpoints" / "step_00000001", tmp_path / "copy")
+    (tmp_path / "link").symlink_to(run / "checkpoints" / "step_00000002")
+    assert read(tmp_path / "copy").statistics == own
+    assert read(tmp_path / "link").statistics == runs
+    shutil.copytree(run / "checkpoints" / "step_00000002", tmp_path / "lost")
+    lost = read(tmp_path / "lost")
+    assert (lost.statistics, lost.statistics_assumed) == ((IMAGENET_MEAN, IMAGENET_STD), True)
+    assert "ImageNet's are assumed" in describe_subject(origin(lost))
+    assert "assumed" not in describe_subject(origin(read(tmp_path / "link")))
 
 
 def test_a_folder_without_networks_is_refused(tmp_path):

@@ -115,6 +115,26 @@ def test_there_and_back_between_all_pairs_of_formats_is_bit_for_bit(micro, dista
         assert same(before, after), f"{a} -> {b} -> {a}"
 
 
+def test_the_statistics_of_the_images_are_in_every_file_that_has_a_place_for_them(
+    micro, tmp_path, capsys
+):
+    networks = torch.load(FIXTURES / micro / "official.pth", weights_only=True)
+    own = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    save_checkpoint(tmp_path / "checkpoints", 1, networks, {"mean": own[0], "std": own[1]})
+    for form in ("official", "mmpretrain", "safetensors", "timm in safetensors"):
+        found = read(converted(tmp_path, tmp_path / "files", form))
+        assert (found.statistics, found.statistics_assumed) == (own, False), form
+        assert found.ignored == []
+    for form in ("timm", "dino"):
+        assert read(converted(tmp_path, tmp_path / "files", form)).statistics_assumed
+    main(["convert", str(tmp_path), str(tmp_path / "timm.pth"), "--to", "timm"])
+    printed = capsys.readouterr().out
+    assert "normalise images by mean (0.1, 0.2, 0.3), std (0.4, 0.5, 0.6)\n" in printed
+    assert "mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)))" in printed
+    main(["convert", str(tmp_path / "timm.pth"), str(tmp_path / "again.pth"), "--to", "official"])
+    assert "ImageNet's: the source states none" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("form", FILES)
 def test_half_precision_stays_half(form, micro, tmp_path):
     content = torch.load(FIXTURES / micro / "official.pth", weights_only=True)

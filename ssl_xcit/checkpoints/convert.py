@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import hashlib
 import importlib.util
+import json
 import logging
 import re
 import warnings
@@ -122,9 +123,14 @@ def _write_tensors(weights: Weights, to: str, file: BinaryIO) -> int:
     try:
         if ".safetensors" in Path(file.name).suffixes:
             facts = {"format": "pt", "arch": weights.arch, "role": weights.role}
+            if not weights.statistics_assumed:
+                mean, std = weights.statistics
+                facts |= {"mean": json.dumps(mean), "std": json.dumps(std)}
             file.write(save(content, metadata=facts))
         else:
-            torch.save(content, file)
+            known = to in ("official", "mmpretrain") and not weights.statistics_assumed
+            mean, std = map(list, weights.statistics)
+            torch.save(content | ({"mean": mean, "std": std} if known else {}), file)
         file.flush()
     except RuntimeError as error:  # torch's word for a full disk
         raise OSError(str(error).splitlines()[0]) from error
@@ -224,6 +230,9 @@ def describe(path: Path | str, role: str = "teacher") -> dict[str, str]:
     }
     if weights.step is not None:
         facts["step"] = str(weights.step)
+    mean, std = weights.statistics
+    assumed = " (ImageNet's, assumed)" if weights.statistics_assumed else ""
+    facts["mean, std"] = f"{mean}, {std}{assumed}"
     if weights.dino_head:
         prototypes = len(weights.dino_head.get("last_layer.weight_v", ()))
         facts["DINO head"] = f"{len(weights.dino_head)} tensors, {prototypes} prototypes"
@@ -271,12 +280,15 @@ def _convert_command(args: argparse.Namespace) -> None:
     output = "logit" if found.num_classes and not done.left_out else "feature"
     shapes = " and ".join(f"{count} x {height} x {width}" for count, height, width in SHAPES)
     print(f"  largest {output} difference {done.difference:.1e} (images: {shapes})")
+    mean, std = found.statistics
+    assumed = ", ImageNet's: the source states none" if found.statistics_assumed else ""
+    print(f"  normalise images by mean {mean}, std {std}{assumed}")
     if args.to == "timm":
         # timm silently drops a classifier unless the overlay states its size too
         size = f"num_classes={found.num_classes}"
         print(
             f"  timm.create_model('{found.arch}_224', pretrained=True, {size}, "
-            f"pretrained_cfg_overlay=dict(file={str(done.path)!r}, {size}))"
+            f"pretrained_cfg_overlay=dict(file={str(done.path)!r}, {size}, mean={mean}, std={std}))"
         )
 
 

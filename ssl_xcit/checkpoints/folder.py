@@ -135,7 +135,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             )
         if _fingerprint(file) != expected:
             raise UserError(f"{path} is damaged: the sha256 of {name} differs from its manifest")
-    state = _read_json(path / "state.json")
+    state = read_json(path / "state.json")
     if state["format"] > FORMAT:
         raise UserError(
             f"{path} has checkpoint format {state['format']}, this program reads up to {FORMAT}: "
@@ -149,7 +149,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 def _manifest(path: Path) -> dict[str, dict]:
     """The files of a checkpoint folder with their sizes and sums."""
-    content = _read_json(path / "manifest.json")
+    content = read_json(path / "manifest.json")
     files = content.get("files") if isinstance(content, dict) else None
     if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
         raise UserError(f"{path} is damaged: manifest.json does not list its files")
@@ -175,7 +175,7 @@ def _prune(folder: Path, keep_last: int) -> None:
     """Remove all but the newest `keep_last` checkpoints and those marked to be kept."""
     for path in _published(folder)[:-keep_last]:
         try:
-            kept = _read_json(path / "state.json").get("keep")
+            kept = read_json(path / "state.json").get("keep")
         except UserError:
             kept = False  # unreadable, so useless
         if not kept:
@@ -183,7 +183,7 @@ def _prune(folder: Path, keep_last: int) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
     except OSError as error:

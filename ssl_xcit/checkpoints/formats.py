@@ -113,7 +113,11 @@ def unwrap(content: object, path: object) -> Contents:
     loss = content.get("dino_loss")
     center = loss.get("center") if isinstance(loss, dict) else None
     center = center if isinstance(center, Tensor) else None
-    return Contents(networks, center, sorted(others))
+    pair = content.get("mean"), content.get("std")  # written by `convert`
+    known = all(isinstance(values, list) and values for values in pair)
+    ignored = sorted(others - ({"mean", "std"} if known else set()))
+    statistics = tuple(map(tuple, pair)) if known else None
+    return Contents(networks, center, ignored, statistics=statistics)
 
 
 def _tensors(network: object, where: object) -> StateDict:

@@ -5,17 +5,18 @@ Nothing that is read can run code.
 
 import argparse
 import functools
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PosixPath
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ssl_xcit.checkpoints.folder import Checkpoint, load_checkpoint, load_latest
+from ssl_xcit.checkpoints.folder import Checkpoint, load_checkpoint, load_latest, read_json
 from ssl_xcit.checkpoints.formats import (
     CLASSIFIER,
     Contents,
@@ -44,7 +45,8 @@ class Weights:
     state: StateDict  # under the official names, as stored; with the classifier if there is one
     dino_head: StateDict  # under the names of `ssl_xcit.dino.head.DINOHead`; empty without one
     center: Tensor | None  # DINO's
-    statistics: Statistics  # mean and std of its images, per channel: its run's, else ImageNet's
+    statistics: Statistics  # mean and std of its images, per channel
+    statistics_assumed: bool  # ImageNet's, because the file states none
     path: str  # the file, or the checkpoint folder within a run
     step: int | None  # optimiser steps of a checkpoint; None for a file
     role: str  # teacher, student, model, model_ema, or backbone (without classifier)
@@ -127,6 +129,7 @@ def identify(contents: Contents, path: Path, role: str = "", arch: str = "") -> 
         dino_head=named.dino_head,
         center=contents.center,
         statistics=contents.statistics or imagenet_statistics(in_chans),
+        statistics_assumed=contents.statistics is None,
         path=str(path),
         step=contents.step,
         role=role,
@@ -241,15 +244,19 @@ def _contents(checkpoint: Checkpoint) -> Contents:
     networks = {role: groups[role] for role in ROLES if role in groups}
     if not networks:
         raise UserError(f"{checkpoint.path} holds no network but {listing(groups)}")
-    # Fine-tuning stores mean and std in the checkpoint; those of pretraining are in config.yaml.
-    described, images = checkpoint.path.absolute().parent.parent / "config.yaml", state
+    center = groups.get("loss", {}).get("center")
+    statistics = _statistics(checkpoint.path, state)
+    return Contents(networks, center, [], True, state["step"], statistics)
+
+
+def _statistics(folder: Path, state: dict) -> Statistics | None:
+    """Those of a checkpoint: in its state.json, or of an older one in its run's config.yaml."""
+    described = folder.resolve().parent.parent / "config.yaml"
     if "mean" not in state and described.exists():
         from ssl_xcit.runtime.options import read_tree  # torch.hub need not have PyYAML
 
-        images = read_tree(described).get("crops", {})
-    statistics = (tuple(images["mean"]), tuple(images["std"])) if "mean" in images else None
-    center = groups.get("loss", {}).get("center")
-    return Contents(networks, center, [], True, state["step"], statistics)
+        state = read_tree(described).get("crops", {})
+    return (tuple(state["mean"]), tuple(state["std"])) if "mean" in state else None
 
 
 # Files
@@ -264,11 +271,19 @@ def _read_file(path: Path) -> Contents:
     if ".safetensors" in path.suffixes:  # .safetensors.tmp is one that is being written
         try:
             state = load_file(path)
-        except (OSError, SafetensorError) as error:
+            with safe_open(path, "pt") as file:
+                facts = file.metadata() or {}
+            statistics = None
+            if "mean" in facts:  # written by `convert`
+                statistics = tuple(tuple(json.loads(facts[name])) for name in ("mean", "std"))
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise UserError(f"{path} is cut, damaged or no .safetensors: {error}") from error
         contents = unwrap(state, path)
         role = path.stem if path.stem in ROLES else next(iter(contents.networks))
-        return contents._replace(networks={role: state}, ours=True)
+        beside = path.resolve().parent / "state.json"
+        if statistics is None and beside.exists():  # a checkpoint's own file
+            statistics = _statistics(beside.parent, read_json(beside))
+        return contents._replace(networks={role: state}, ours=True, statistics=statistics)
     try:
         # DINO's full checkpoints carry their command line as an argparse.Namespace, with a Path in
         # it if submitit started them: plain data.

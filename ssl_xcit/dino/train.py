@@ -232,6 +232,11 @@ class Pretraining(Task):
         self.teacher.load_state_dict(tensors["teacher"])
         self.dino_loss.load_state_dict(tensors["loss"])
 
+    def facts(self) -> dict:
+        """With the statistics that the images are normalised by: a copy needs no config.yaml."""
+        crops = self.config.crops
+        return super().facts() | {"mean": crops.mean, "std": crops.std}
+
     def summary(self) -> str:
         """Describe the run in one line."""
         config = self.config

@@ -88,8 +88,10 @@ def describe_machine(ranks: Distributed) -> dict:
 
 def describe_subject(facts: dict) -> str:
     """A network's facts in words."""
+    assumed = facts.get("statistics") == "assumed"
+    note = ", which states no mean and std: ImageNet's are assumed" if assumed else ""
     return {
-        "checkpoint": "{arch}, {role} of {checkpoint}",
+        "checkpoint": "{arch}, {role} of {checkpoint}" + note,
         "random_init": "{arch}, untrained (seed {seed})",
         "pixels": "no network",
     }[facts["source"]].format(**facts)

@@ -50,11 +50,15 @@ def checkpoint_subject(checkpoint: str | Path, arch: str = "", role: str = "teac
 
 
 def origin(weights: Weights) -> dict[str, str | int | None]:
-    """The facts of a `Subject` that was read from a file."""
+    """The facts of a `Subject` that was read from a file.
+
+    "statistics": whether the file says by which mean and std its images are normalised.
+    """
     return NO_FACTS | {
         "source": "checkpoint",
         "checkpoint": weights.path,
         "step": weights.step,
         "role": weights.role,
         "arch": weights.arch,
+        "statistics": "assumed" if weights.statistics_assumed else "known",
     }

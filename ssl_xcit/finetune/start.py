@@ -55,6 +55,8 @@ def starting_point(config: FinetuneConfig, num_classes: int, in_chans: int) -> S
             f"  new, from seed {config.seed}: {', '.join(new) or 'nothing'}",
             f"  there but not used: {left or 'nothing'}",
         ]
+        if weights.statistics_assumed and not config.views.mean:
+            report.append("  mean and std: ImageNet's, since the file states none")
     if config.views.mean:
         statistics = config.views.mean, config.views.std
     if (count := len(statistics[0])) != in_chans:
