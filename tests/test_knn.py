@@ -4,6 +4,7 @@ import functools
 import gzip
 import json
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -750,6 +751,31 @@ def test_features_of_another_evaluation_are_refused_and_not_overwritten(betons, 
     (folder / "features.json").unlink()
     with pytest.raises(UserError, match=f"{folder} holds no complete features"):
         evaluate_knn(KnnConfig(load_features=str(folder)))
+
+
+@pytest.mark.parametrize("kind", ["beton", "stock beton", "folder"])
+def test_features_of_other_images_of_the_same_sizes_and_labels_are_refused(
+    betons, run, tmp_path, kind, monkeypatch
+):
+    source = Path(betons[0].removesuffix(".beton"))
+    other = tmp_path / "other"
+    shutil.copytree(source, other)
+    for path in other.rglob("*.png"):
+        Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
+    sources = [str(source), str(other)]
+    if kind != "folder":
+        sources = [betons[0], str(tmp_path / "other.beton")]
+        write_beton(other, sources[1], progress=False)
+        assert np.array_equal(*(Beton(path).sizes for path in sources))
+        assert np.array_equal(*(Beton(path).labels for path in sources))
+    if kind == "stock beton":
+        monkeypatch.setattr(Beton, "_read_notes", lambda *_: None)  # nor has it checksums
+        assert Beton(sources[0]).checksums is None
+    options = {"checkpoint": str(run), "k": (1,), "save_features": str(tmp_path / "features")}
+    for path in (sources[0], sources[0]):  # the second time from the folder
+        evaluate_knn(dataclasses.replace(knn_config(betons, **options), train=path))
+    with pytest.raises(UserError, match=r"train-00000000.* \(different: images\)"):
+        evaluate_knn(dataclasses.replace(knn_config(betons, **options), train=sources[1]))
 
 
 def test_features_go_on_in_the_precision_in_which_they_were_begun(

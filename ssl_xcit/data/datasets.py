@@ -4,6 +4,7 @@ A folder is read by Pillow and torchvision's own transforms: slower than the loa
 pixels behind published numbers. (Decoders of JPEGs differ by roundings.)
 """
 
+import hashlib
 import io
 import itertools
 from collections import deque
@@ -43,6 +44,16 @@ class ImageFolder:
 
     def __len__(self) -> int:
         return self.num_samples
+
+    def fingerprint(self) -> str:
+        """SHA-256 of names, sizes, times of modification and labels of all files."""
+        labels = [None] * self.num_samples if self.labels is None else self.labels.tolist()
+        digest = hashlib.sha256()
+        for index, label in enumerate(labels):
+            name = self._source.name(index)
+            facts = (self.path / name).stat()
+            digest.update(f"{name} {facts.st_size} {facts.st_mtime_ns} {label}\n".encode())
+        return digest.hexdigest()
 
     def decode(self, index: int) -> Image.Image:
         """An image as Pillow reads it, RGB, or gray if `channels` is 1.
