@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pkgutil import resolve_name
 from typing import NamedTuple
 
-from ssl_xcit.runtime.errors import UserError, exit_on_user_error
+from ssl_xcit.runtime.errors import UserError, exit_on_user_error, starting
 
 
 class Command(NamedTuple):
@@ -22,11 +22,15 @@ class Command(NamedTuple):
         """Run it with the words after its name."""
         function = f"ssl_xcit.{self.function}"
         if not self.config:
-            resolve_name(function)([*self.words, *words])
+            with starting():
+                run = resolve_name(function)
+            run([*self.words, *words])
             return
-        from ssl_xcit.runtime.config import run_command  # takes longer than all that is above
+        with starting():
+            from ssl_xcit.runtime.config import run_command  # takes longer than all that is above
 
-        run_command(resolve_name(f"ssl_xcit.{self.config}"), function, self.recipes, words)
+            config = resolve_name(f"ssl_xcit.{self.config}")
+        run_command(config, function, self.recipes, words)
 
 
 RECIPES = ("pretrain/{arch}.yaml",)

@@ -17,7 +17,7 @@ from pathlib import Path
 from ssl_xcit.data.turbojpeg import load_turbojpeg
 from ssl_xcit.runtime import processor
 from ssl_xcit.runtime.config import CONFIGS
-from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.runtime.errors import UserError, starting
 
 OK, WARN, MISSING = "ok", "warn", "missing"
 Finding = tuple[str, str]  # one of these three, and the line
@@ -45,7 +45,8 @@ def versions() -> list[Finding]:
     line = ", ".join(f"{name} {version or 'not installed'}" for name, version in found.items())
     findings = [(OK, f"Python {platform.python_version()}, {line}; recipes in {CONFIGS}")]
     try:
-        importlib.import_module("ssl_xcit.dino.train")
+        with starting():
+            importlib.import_module("ssl_xcit.dino.train")
     except (ImportError, OSError, UserError) as error:  # OSError: of a library
         return [*findings, (MISSING, f"training: {error}")]
     findings.append((OK, "training: every module can be imported"))

@@ -155,3 +155,34 @@ def test_zsh_takes_the_script(tmp_path):
     registered, offered = done.stdout.splitlines()
     assert "_ssl_xcit" in registered
     assert offered.split() == ["write", "info", "verify", "preview"]
+
+
+# Python imports this when it starts. It interrupts the process at the import of a module.
+INTERRUPTED = """
+import os, signal, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ["INTERRUPTED_AT"]:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["ssl_xcit.runtime.options", "yaml", "torch", "numpy._core.multiarray", "ssl_xcit.dino"],
+)
+def test_an_interrupt_while_a_command_starts_ends_it_without_a_traceback(tmp_path, module):
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTED)
+    paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+    done = subprocess.run(
+        [sys.executable, "-m", "ssl_xcit", "plan", "--arch", "xcit_nano_12_p16"],
+        env=os.environ | {"PYTHONPATH": paths, "INTERRUPTED_AT": module},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

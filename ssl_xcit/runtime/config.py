@@ -17,7 +17,7 @@ from pkgutil import resolve_name
 from typing import Literal
 
 from ssl_xcit.runtime import options, processor
-from ssl_xcit.runtime.errors import UserError, exit_on_user_error
+from ssl_xcit.runtime.errors import UserError, exit_on_user_error, starting
 from ssl_xcit.runtime.files import write_text
 from ssl_xcit.runtime.options import Config
 
@@ -122,9 +122,11 @@ def run_command(
     one line on stderr and exit status 2.
     """
     with exit_on_user_error():
-        config = load_config(cls, files, argv)
-        processor.prepare()
-        resolve_name(target)(config)
+        with starting():
+            config = load_config(cls, files, argv)
+            processor.prepare()
+            run = resolve_name(target)
+        run(config)
 
 
 def over_recipes(

@@ -1,7 +1,9 @@
 """The one exception whose message is meant for the user."""
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -31,3 +33,21 @@ def exit_on_user_error() -> Iterator[None]:
         # or Python complains at exit, when it flushes stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
+
+
+@contextmanager
+def starting() -> Iterator[None]:
+    """The start of a command, before its work: Ctrl-C ends the process at once, with status 130.
+
+    There is nothing to clean up yet, and modules that KeyboardInterrupt strikes while they are
+    imported fail later, in odd ways. A handler of another kind stays as it is.
+    """
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not usual or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
