@@ -4,11 +4,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 
 import forked
 import pytest
 
-from ssl_xcit.runtime.signals import EXIT_STOPPED, SIGNALS, Stopped, StopSignals
+from ssl_xcit.data.writer import in_order
+from ssl_xcit.runtime.signals import EXIT_STOPPED, SIGNALS, Stopped, StopSignals, deferred
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -62,3 +64,30 @@ def test_a_process_interrupted_in_a_computation_exits_with_the_documented_status
     process.send_signal(signal.SIGUSR2)
     assert process.wait(timeout=60) == EXIT_STOPPED
     process.stdout.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_reaches_a_pools_owner_between_two_results_and_never_inside_of_the_pool(number):
+    """A handler that raises inside of the pool's locks would leave them locked."""
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    main = threading.main_thread().ident
+
+    def interrupt(i: int) -> int:
+        if i == 40:
+            signal.pthread_kill(main, number)
+        return i
+
+    for _ in range(20):
+        with pytest.raises((KeyboardInterrupt, SystemExit)) as ended:
+            deque(in_order(interrupt, range(4000), 2, "test", False), maxlen=0)
+        assert "check" in [entry.name for entry in ended.traceback][-2:]
+        assert {n: signal.getsignal(n) for n in handlers} == handlers
+    assert getattr(ended.value, "code", 130) == 128 + number
+
+
+def test_a_handler_that_only_takes_note_does_not_end_the_work():
+    with StopSignals(eager=False) as stop, deferred() as check:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == ""
+        check()
+        assert stop.received == "SIGTERM"

@@ -29,6 +29,7 @@ from ssl_xcit.data.images import (
 from ssl_xcit.runtime.errors import UserError
 from ssl_xcit.runtime.files import new_file
 from ssl_xcit.runtime.processor import usable_cores
+from ssl_xcit.runtime.signals import deferred
 
 Result = TypeVar("Result")
 
@@ -192,9 +193,10 @@ def in_order(
         raise UserError(f"workers must be 0 or more, got {workers}")
     workers = workers or usable_cores()
     hidden = not (progress and sys.stderr.isatty())
-    with ThreadPoolExecutor(workers) as pool:
+    with deferred() as check, ThreadPoolExecutor(workers) as pool:
         orders = (pool.submit(function, i) for i in indices)
         waiting = deque(itertools.islice(orders, 4 * workers))
         for i in tqdm(indices, desc=name, unit=" images", disable=hidden):
+            check()
             waiting.extend(itertools.islice(orders, 1))
             yield i, waiting.popleft().result()

@@ -6,7 +6,8 @@ limit) mean the same. Further signals change nothing: the first is already being
 
 import signal
 import threading
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
@@ -53,3 +54,33 @@ class StopSignals(AbstractContextManager):
         self.received = self.received or signal.Signals(number).name
         if self.eager and first:
             raise Stopped(self.received)
+
+
+@contextmanager
+def deferred() -> Iterator[Callable[[], None]]:
+    """Hold SIGINT and SIGTERM back until what this yields is called, and their handlers with them.
+
+    A handler that raises can strike a thread pool while it holds a lock; the pool then waits for
+    ever. A signal without a handler ends the process by SystemExit, so that contexts are left.
+    """
+    received: list[int] = []
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+    previous = {n: h for n in numbers if (h := signal.getsignal(n)) not in (signal.SIG_IGN, None)}
+
+    def check() -> None:
+        if received:
+            number = received.pop()
+            if not callable(handler := previous[number]):
+                raise SystemExit(128 + number)
+            handler(number, None)
+
+    for number in previous:
+        signal.signal(number, lambda number, _: received.append(number))
+    try:
+        yield check
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    check()
