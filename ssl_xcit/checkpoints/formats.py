@@ -35,6 +35,9 @@ EXTRAS = {
     *("optimizer", "lr_scheduler", "scheduler", "param_schedulers", "epoch", "args", "meta"),
     *("model_ema", "scaler", "fp16_scaler", "amp_scaler", "loss_scaler", "dino_loss", "best_acc"),
     *("message_hub", "ema_state_dict", "arch", "version", "metric"),
+    # Lightning's
+    *("optimizer_states", "lr_schedulers", "callbacks", "loops", "native_amp_scaling_state"),
+    *("MixedPrecision", "hyper_parameters", "hparams_name", "pytorch-lightning_version"),
 }
 
 # Parts of keys, official -> mmpretrain. Each key matches at most one rule for its start and one for
@@ -86,9 +89,8 @@ def unwrap(content: object, path: object) -> Contents:
     if not isinstance(content, dict) or not content or not all(isinstance(k, str) for k in content):
         raise UserError(f"{path} holds no state dict but a {type(content).__name__}")
     if all(isinstance(value, Tensor) for value in content.values()):
-        classifier = any(re.search(r"^(module\.)?head\.(fc\.)?weight$", key) for key in content)
-        role = "model" if classifier else "backbone"
-        return Contents({role: _tensors(content, path)}, None, [])
+        networks, ignored = _without_wrappers("", _tensors(content, path), path)
+        return Contents(networks, None, ignored)
     families = [family for family in FAMILIES if next(iter(family)) in content]
     families = families or [family for family in FAMILIES if family.keys() & content.keys()]
     if len(families) != 1:
@@ -96,11 +98,13 @@ def unwrap(content: object, path: object) -> Contents:
             f"{path} holds {'no' if not families else 'more than one kind of'} network: its "
             f"entries are {listing(content)}; expected one of teacher, student, model, state_dict"
         )
-    networks = {
-        role: _tensors(content[key], f"{key} of {path}")
-        for key, role in families[0].items()
-        if content.get(key) is not None
-    }
+    networks, ignored = {}, []
+    for key, role in families[0].items():
+        if content.get(key) is not None:
+            state = _tensors(content[key], f"{key} of {path}")
+            found, others = _without_wrappers(role, state, f"{key} of {path}")
+            networks |= found
+            ignored += others
     if not networks:
         raise UserError(f"{path} holds no network: its {listing(families[0])} are empty")
     others = content.keys() - families[0].keys()
@@ -115,9 +119,44 @@ def unwrap(content: object, path: object) -> Contents:
     center = center if isinstance(center, Tensor) else None
     pair = content.get("mean"), content.get("std")  # written by `convert`
     known = all(isinstance(values, list) and values for values in pair)
-    ignored = sorted(others - ({"mean", "std"} if known else set()))
+    ignored += sorted(others - ({"mean", "std"} if known else set()))
     statistics = tuple(map(tuple, pair)) if known else None
     return Contents(networks, center, ignored, statistics=statistics)
+
+
+def _without_wrappers(
+    role: str, state: StateDict, where: object
+) -> tuple[dict[str, StateDict], list[str]]:
+    """({role: network}, what else there was), without the names of the modules around a network.
+
+    torch.compile puts `_orig_mod.` before a module's names, other programs `model.`, `encoder.` or
+    `student_backbone.`. An XCiT is where a cls_token is. Of two, as of a student and its teacher,
+    each gets its role. Raises UserError if there are more, or if it is not clear which is which.
+    """
+    state = _rename(state, lambda key: key.replace("_orig_mod.", ""), where)
+    places = [key.removesuffix("cls_token") for key in state if re.search(r"(^|\.)cls_token$", key)]
+    # DINO's own names and those of DistributedDataParallel are no wrappers, see `to_official`
+    outer = [re.sub(r"^(module\.)?(.*?)(backbone\.)?$", r"\2", place) for place in places]
+    if outer in ([], [""]):
+        classifier = any(re.search(r"^(module\.)?head\.(fc\.)?weight$", key) for key in state)
+        return {role or ("model" if classifier else "backbone"): state}, []
+    roles = dict.fromkeys(places, role or "backbone")
+    if len(places) > 1:
+        words = re.compile("teacher|momentum|ema|target")
+        roles = {place: "teacher" if words.search(place) else "student" for place in places}
+        if sorted(roles.values()) != ["student", "teacher"]:
+            raise UserError(
+                f"{where} holds {len(places)} networks, {listing(places)}, and no name says which "
+                "is the teacher: save the one that you want alone"
+            )
+    # Of a `backbone` among others its head may be wanted, too
+    prefixes = {re.sub(r"(?<=\.)backbone\.$", "", place): roles[place] for place in places}
+    networks = {
+        name: {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
+        for prefix, name in prefixes.items()
+    }
+    left = {key.rpartition(".")[0] for key in state if not key.startswith(tuple(prefixes))}
+    return networks, sorted(left)
 
 
 def _tensors(network: object, where: object) -> StateDict:

@@ -36,6 +36,15 @@ from ssl_xcit.runtime.errors import UserError
 # is read when nothing is asked for.
 ROLES = ("teacher", "student", "model_ema", "model")
 
+# What other programs keep beside tensors: numbers of numpy's, mmengine's log.
+INERT = (
+    *(f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")),
+    *(f"numpy.{core}.multiarray._reconstruct" for core in ("core", "_core")),
+    *("numpy.ndarray", "numpy.dtype", "_codecs.encode"),
+    *(f"numpy.dtypes.{kind}DType" for kind in ("Float64", "Float32", "Int64", "Int32", "Bool")),
+    "mmengine.logging.history_buffer.HistoryBuffer",
+)
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -106,6 +115,10 @@ def read(path: Path | str, role: str = "", arch: str = "") -> Weights:
     path = Path(path)
     if not path.exists():
         raise UserError(f"no checkpoint at {path}: expected a run folder, a checkpoint or a file")
+    if path.is_dir() and not (path / "manifest.json").exists():
+        # A folder of a Hugging Face hub; one of ours holds its files in checkpoints/
+        files = (path / name for name in ("model.safetensors", "pytorch_model.bin"))
+        path = next((file for file in files if file.exists()), path)
     if path.is_file():
         return identify(_read_file(path), path, role, arch)
     checkpoint = _read_folder(path)
@@ -119,6 +132,10 @@ def identify(contents: Contents, path: Path, role: str = "", arch: str = "") -> 
     inferred = infer_arch(named.state, path)
     if arch not in ("", inferred):
         raise UserError(f"{path} is a {inferred}, not a {arch}: name the other one, or none")
+    # Other programs leave the counts of batches out, or cast them with all else
+    counts = [key.replace("running_var", "num_batches_tracked") for key in named.state]
+    for key in filter(lambda key: key.endswith("num_batches_tracked"), counts):
+        named.state[key] = named.state.get(key, torch.tensor(0)).long()
     check_tensors(named.state, inferred, path)
     in_chans = named.state["patch_embed.proj.0.0.weight"].shape[1]
     # timm's and mmpretrain's names, under which this project never trains, are theirs even here
@@ -287,11 +304,22 @@ def _read_file(path: Path) -> Contents:
     try:
         # DINO's full checkpoints carry their command line as an argparse.Namespace, with a Path in
         # it if submitit started them: plain data.
-        with torch.serialization.safe_globals([argparse.Namespace, PosixPath]):
+        inert = [(_Inert, name) for name in INERT]
+        with torch.serialization.safe_globals([argparse.Namespace, PosixPath, *inert]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for foreign, cut or unsafe files
         raise UserError(f"{path} cannot be read safely as a checkpoint: {_why(error)}") from error
     return unwrap(content, path)
+
+
+class _Inert:
+    """Stands for an object in a file that is not needed: takes anything, keeps and does nothing."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
 
 
 def _why(error: Exception) -> str:
