@@ -1,6 +1,7 @@
 """Fixtures that several test files share: real images for every user, and a shallow network."""
 
 import math
+import signal
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,8 @@ def micro(request, monkeypatch) -> str:
     monkeypatch.setitem(VARIANTS, "micro", variant)
     monkeypatch.setattr(variants, "ARCHITECTURES", (*ARCHITECTURES, request.param))
     return request.param
+
+
+def heed_interrupts() -> None:
+    # A shell's background jobs, such as a test run in a script, ignore Ctrl-C and pass that on
+    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sklearn.datasets
+from conftest import heed_interrupts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -439,11 +440,6 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     last = done.stderr.splitlines()[-1]
     assert last == f"error: {tmp_path}/x.beton: cannot be written: File too large"
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
-
-
-def heed_interrupts() -> None:
-    # A shell's background jobs, such as a test run in a script, ignore Ctrl-C and pass that on
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.mark.parametrize(

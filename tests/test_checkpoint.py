@@ -373,6 +373,8 @@ def test_every_tensor_that_is_missing_or_misshapen_is_named(micro, to, second_bl
         key, tensor = next(iter(to({official: whole}).items()))
         missing = {k: t.contiguous() for k, t in theirs.items() if k != key}
         for damaged in (missing, missing | {key: torch.cat((tensor.view(-1), torch.ones(1)))}):
+            if damaged is missing and key.endswith("num_batches_tracked"):
+                continue  # other programs leave it out
             save_file(damaged, file)
             with pytest.raises(UserError, match=re.escape(official)) as error:
                 read(file)

@@ -9,6 +9,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 
 import pytest
+from conftest import heed_interrupts
 
 from ssl_xcit.__main__ import COMMANDS, GROUPS, Command, main, overview
 
@@ -184,5 +185,6 @@ def test_an_interrupt_while_a_command_starts_ends_it_without_a_traceback(tmp_pat
         capture_output=True,
         text=True,
         check=False,
+        preexec_fn=heed_interrupts,
     )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

@@ -66,6 +66,15 @@ def test_a_process_interrupted_in_a_computation_exits_with_the_documented_status
     process.stdout.close()
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C is heeded, as in a terminal's foreground."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_reaches_a_pools_owner_between_two_results_and_never_inside_of_the_pool(number):
     """A handler that raises inside of the pool's locks would leave them locked."""
