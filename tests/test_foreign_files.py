@@ -47,6 +47,8 @@ def test_the_names_of_modules_around_a_network_are_taken_off(tmp_path, prefix):
     projection = {"projection_head.layers.0.weight": torch.ones(2, 2)}
     torch.save(within(state, prefix), path)
     assert same(read(path).state, state)
+    save_file(within(state, prefix), path.with_suffix(".safetensors"))
+    assert same(read(path.with_suffix(".safetensors")).state, state)
     torch.save({"state_dict": within(state, prefix) | projection}, path)
     if "_orig_mod" in prefix:  # nothing but the network's own names may stand beside them
         with pytest.raises(UserError, match=r"1 unknown \(projection_head|is no XCiT"):

@@ -13,7 +13,6 @@ from pathlib import Path, PosixPath
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ssl_xcit.checkpoints.folder import Checkpoint, load_checkpoint, load_latest, read_json
@@ -287,8 +286,8 @@ def _read_file(path: Path) -> Contents:
     """
     if ".safetensors" in path.suffixes:  # .safetensors.tmp is one that is being written
         try:
-            state = load_file(path)
             with safe_open(path, "pt") as file:
+                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 facts = file.metadata() or {}
             statistics = None
             if "mean" in facts:  # written by `convert`
@@ -296,11 +295,13 @@ def _read_file(path: Path) -> Contents:
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise UserError(f"{path} is cut, damaged or no .safetensors: {error}") from error
         contents = unwrap(state, path)
-        role = path.stem if path.stem in ROLES else next(iter(contents.networks))
+        networks = contents.networks
+        if len(networks) == 1 and path.stem in ROLES:
+            networks = {path.stem: next(iter(networks.values()))}
         beside = path.resolve().parent / "state.json"
         if statistics is None and beside.exists():  # a checkpoint's own file
             statistics = _statistics(beside.parent, read_json(beside))
-        return contents._replace(networks={role: state}, ours=True, statistics=statistics)
+        return contents._replace(networks=networks, ours=True, statistics=statistics)
     try:
         # DINO's full checkpoints carry their command line as an argparse.Namespace, with a Path in
         # it if submitit started them: plain data.
