@@ -3,10 +3,13 @@
 The two-process tests share one start: this file is also the program that torchrun runs.
 """
 
+import fcntl
 import os
+import pty
 import socket
 import subprocess
 import sys
+import termios
 from datetime import timedelta
 from pathlib import Path
 
@@ -173,7 +176,7 @@ def test_waiting_for_a_rank_that_never_comes_ends_with_the_timeout(alone):
     values = ("0", "2", "0", "localhost", port)
     for name, value in zip(distributed.TORCHRUN, values, strict=True):
         alone.setenv(name, value)
-    with pytest.raises(torch.distributed.DistError, match="1/2 clients joined"):
+    with pytest.raises(UserError, match=rf"waited 1 s in vain for rank 1 of 2 at localhost:{port}"):
         distributed.setup("cpu", timeout_s=1.0)
     assert not torch.distributed.is_initialized()
 
@@ -191,6 +194,7 @@ def test_a_rank_of_a_second_machine_takes_its_device_by_its_local_rank(
         "init_process_group",
         lambda *args, **kwargs: joined.append((args, kwargs)),
     )
+    alone.setattr(distributed.rendezvous, "meet", lambda *place: place[:4])
     alone.setattr(torch.cuda, "set_device", current.append)
     with_gpus(alone, 4)
     values = ("5", "8", "1", "localhost", "29501")
@@ -202,6 +206,7 @@ def test_a_rank_of_a_second_machine_takes_its_device_by_its_local_rank(
     [(arguments, options)] = joined
     assert arguments == (backend,)
     assert options == {
+        "store": ("localhost", 29501, 5, 8),
         "timeout": timedelta(seconds=90),
         "rank": 5,
         "world_size": 8,
@@ -260,6 +265,146 @@ def test_the_launcher_is_told_by_its_variables(environment, expected):
 
 
 @pytest.mark.parametrize(
+    ("environment", "complaint"),
+    [
+        (TORCHRUN | {"RANK": "abc"}, r"RANK must be an integer in \[0, 7\], got abc: start with"),
+        (TORCHRUN | {"RANK": "8"}, r"RANK must be an integer in \[0, 7\], got 8"),
+        (TORCHRUN | {"RANK": "-1"}, r"RANK must be an integer in \[0, 7\], got -1"),
+        (TORCHRUN | {"RANK": ""}, "RANK missing"),
+        (TORCHRUN | {"WORLD_SIZE": "0"}, "WORLD_SIZE must be an integer >= 1, got 0"),
+        (TORCHRUN | {"MASTER_PORT": "http"}, r"MASTER_PORT must be an integer in \[1, 65535\]"),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "4.0"}, "LOCAL_WORLD_SIZE must be .* got 4.0"),
+        (
+            {k: v for k, v in STEP.items() if k != "SLURM_STEP_TASKS_PER_NODE"},
+            "SLURM_STEP_TASKS_PER_NODE missing: start with srun, or unset SLURM_STEP_ID",
+        ),
+        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "many"}, r"must have the sum .*\(7\), got many"),
+        (STEP | {"SLURM_PROCID": "7"}, r"SLURM_PROCID must be an integer in \[0, 6\], got 7"),
+        (STEP | {"SLURM_NODEID": "3"}, r"SLURM_NODEID must be an integer in \[0, 2\], got 3"),
+        (STEP | {"SLURM_RESTART_COUNT": "x"}, "SLURM_RESTART_COUNT must be an integer"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "got 4 processes of mpirun.*torchrun --nproc-per-node 4"),
+        ({"MPI_LOCALNRANKS": "2", "PMI_RANK": "0"}, "got 2 processes of mpirun"),
+    ],
+)
+def test_variables_that_make_no_sense_are_refused_in_one_line(environment, complaint):
+    with pytest.raises(UserError, match=complaint) as error:
+        distributed.find_place(environment)
+    assert "\n" not in str(error.value)
+
+
+PLACE = "from ssl_xcit.runtime import distributed as d; import os; print(d.find_place(os.environ))"
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc here")
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("{python}", "an interactive shell in SLURM, whose 2 tasks need srun"),
+        ("{python} & wait", "an interactive shell in SLURM, whose 2 tasks need srun"),
+        ("env SLURM_TASK_PID=1 {python}", "an interactive shell in SLURM, whose 2 tasks need srun"),
+        # an inner srun: its task is another process than the shell, which typed it
+        ("sh -c 'SLURM_TASK_PID=$$ exec {python}'", "'SLURM', rank=0, world_size=2"),
+        ("sh -c 'export SLURM_TASK_PID=$$; {python}; true'", "'SLURM', rank=0, world_size=2"),
+    ],
+)
+def test_what_is_typed_into_a_shell_of_a_step_is_no_rank(tmp_path, command, expected):
+    """A real shell on a terminal, which reads the command as if it was typed."""
+    (tmp_path / "place.py").write_text(PLACE)
+    python = f"{sys.executable} {tmp_path}/place.py"
+    two = {"SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NODEID": "0"}
+    two |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_PTY_PORT": "35000"}
+    parent, child = pty.openpty()
+    shell = subprocess.Popen(
+        ["bash", "--norc", "--noprofile"],
+        stdin=child, stdout=child, stderr=child, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        env={k: v for k, v in os.environ.items() if not names_a_launcher(k)} | STEP | two
+        | {"PS1": "", "PYTHONPATH": str(Path(__file__).parents[1])},
+    )  # fmt: skip
+    os.close(child)
+    text = f"export SLURM_TASK_PID=$$\n{command.format(python=python)} > {tmp_path}/out\nexit\n"
+    if "&" in command:
+        text = text.replace(f" > {tmp_path}/out", "").replace(" &", f" > {tmp_path}/out &")
+    os.write(parent, text.encode())
+    shell.wait(60)
+    os.close(parent)
+    assert expected in (tmp_path / "out").read_text()
+
+
+def start_rank(rank, port, timeout_s, then="", **variables):
+    """A process that joins as one of two ranks of a launcher that sets torchrun's variables."""
+    program = "from ssl_xcit.runtime import distributed as d, errors\n"
+    program += f"with errors.exit_on_user_error(): d.setup('cpu', {timeout_s})\n{then}"
+    given = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    given |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)} | variables
+    return forked.Popen(
+        [sys.executable, "-c", program],
+        env={k: v for k, v in os.environ.items() if not names_a_launcher(k)} | given,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def ended(process, timeout_s=40):
+    """(exit status, stdout, last line of stderr)"""
+    output, errors = process.communicate(timeout=timeout_s)
+    return process.returncode, output, errors.splitlines()[-1] if errors else ""
+
+
+def test_a_taken_port_ends_every_rank_with_one_line():
+    with socket.socket() as other:  # it listens, and says nothing
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        ranks = [start_rank(rank, port, 1800) for rank in range(2)]
+        found = [ended(process) for process in ranks]
+    taken = f"error: port {port} of localhost is taken, by another job or program: choose another"
+    assert found[0][0] == found[1][0] == 2
+    assert found[0][2].startswith(taken)
+    assert f"error: at localhost:{port} answers something else than rank 0" in found[1][2]
+
+
+def test_a_second_job_on_the_port_of_a_first_does_not_join_it():
+    port = free_port()
+    hold = "import torch, time; print('met', flush=True); time.sleep(60)"
+    first = [start_rank(rank, port, 60, hold) for rank in range(2)]
+    try:
+        while "met" not in first[0].stdout.readline():
+            assert first[0].poll() is None
+        found = [ended(start_rank(rank, port, 1800)) for rank in range(2)]
+        assert [process.poll() for process in first] == [None, None]
+    finally:
+        for process in first:
+            process.kill()
+            process.communicate()
+    assert [status for status, _, _ in found] == [2, 2]
+    assert f"error: port {port} of localhost is taken" in found[0][2]
+    assert f"error: 2 other ranks have met at localhost:{port}" in found[1][2]
+
+
+def test_a_rank_that_waits_says_for_whom_and_how_not_to():
+    port = free_port()
+    status, output, error = ended(start_rank(0, port, 12))
+    advice = "run one process with: env -u RANK -u WORLD_SIZE COMMAND"
+    assert f"waiting for rank 1 of 2 at localhost:{port}; start all" in output
+    assert f"{advice} (for 10 s)" in output
+    assert status == 2
+    assert error.startswith(f"error: waited 12 s in vain for rank 1 of 2 at localhost:{port}")
+    assert error.endswith(advice)
+
+
+def test_a_name_without_an_address_is_refused_at_once():
+    status, _, error = ended(start_rank(1, 29501, 1800, MASTER_ADDR="nowhere.invalid"))
+    assert status == 2
+    assert error.startswith("error: cannot resolve nowhere.invalid, where rank 0 is to be")
+
+
+@pytest.mark.parametrize(
     ("nodes", "first"),
     [
         ("n1", "n1"),
@@ -302,7 +447,7 @@ def test_a_stale_rank_of_an_earlier_attempt_cannot_join(alone):
     try:
         for name, value in (ours | {"SLURM_RESTART_COUNT": "1"}).items():
             alone.setenv(name, value)
-        with pytest.raises(torch.distributed.DistError, match="1/2 clients joined"):
+        with pytest.raises(UserError, match="waited 4 s in vain for rank 1 of 2"):
             distributed.setup("cpu", timeout_s=4.0)
         assert process.poll() is None  # it was there
     finally:
@@ -312,6 +457,7 @@ def test_a_stale_rank_of_an_earlier_attempt_cannot_join(alone):
 
 def test_setup_prints_its_decision_and_leaves_torchruns_variables(alone, capsys):
     alone.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    alone.setattr(distributed.rendezvous, "meet", lambda *_: None)
     for name, value in STEP.items():
         alone.setenv(name, value)
     distributed.setup("cpu")
@@ -327,6 +473,7 @@ def test_setup_prints_its_decision_and_leaves_torchruns_variables(alone, capsys)
 
 def test_a_task_that_slurm_gives_its_own_gpus_takes_its_first(alone):
     alone.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    alone.setattr(distributed.rendezvous, "meet", lambda *_: None)
     alone.setattr(torch.cuda, "set_device", lambda device: None)
     with_gpus(alone, 2)
     for name, value in STEP.items():

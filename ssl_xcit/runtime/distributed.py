@@ -5,10 +5,11 @@ sets its variables), submitit, plain SLURM (`srun python ...`), nobody. A single
 process group, and every collective here returns at once, so callers need no branch.
 """
 
+import functools
 import os
 import re
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -17,10 +18,15 @@ import torch.distributed as dist
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from ssl_xcit.runtime import neighbours
+from ssl_xcit.runtime import interactive, neighbours, rendezvous
 from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.runtime.options import as_text
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+STEP = ("JOB_ID", "STEP_ID", "PROCID", "LOCALID", "NODEID", "STEP_NUM_TASKS")
+STEP = tuple(f"SLURM_{name}" for name in (*STEP, "STEP_TASKS_PER_NODE", "STEP_NODELIST"))
+# How many processes MPI's launchers have started: Open MPI's; those of MPICH and Intel
+MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS")
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class Place:
     """What a launcher's variables say about this process.
 
     `address` and `port`: where rank 0 waits for the others. `own_gpu`: the launcher shows each
-    process the GPUs that are meant for it alone.
+    process the GPUs that are meant for it alone. `job`: tells its ranks from those of others.
     """
 
     launcher: str
@@ -49,6 +55,7 @@ class Place:
     address: str = "localhost"
     port: int = 0
     own_gpu: bool = False
+    job: str = ""
 
 
 def setup(device: str = "auto", timeout_s: float = 1800.0) -> Distributed:
@@ -59,8 +66,8 @@ def setup(device: str = "auto", timeout_s: float = 1800.0) -> Distributed:
     `timeout_s`: seconds that a rank waits for the others, here and in each collective, before it
     fails. Rank 0 may evaluate alone for that long while the others wait.
 
-    Raises UserError for an unknown or absent device, more ranks than GPUs on this machine, or an
-    incomplete environment.
+    Raises UserError for an unknown or absent device, more ranks than GPUs on this machine, an
+    environment that is incomplete or makes no sense, and ranks that do not meet.
     """
     place = find_place(os.environ)
     chosen = choose_device(device, 0 if place.own_gpu else place.local_rank)
@@ -77,8 +84,11 @@ def setup(device: str = "auto", timeout_s: float = 1800.0) -> Distributed:
         print(_describe(place, chosen), flush=True)
     if place.world_size > 1:
         cuda = chosen.type == "cuda"
+        alone = "RANK -u WORLD_SIZE" if place.launcher == "torchrun" else "SLURM_STEP_ID"
+        meeting = (place.address, place.port, place.rank, place.world_size, place.job)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            store=rendezvous.meet(*meeting, alone, timeout_s),
             timeout=timedelta(seconds=timeout_s),
             rank=place.rank,
             world_size=place.world_size,
@@ -90,14 +100,22 @@ def setup(device: str = "auto", timeout_s: float = 1800.0) -> Distributed:
 def find_place(environment: Mapping[str, str]) -> Place:
     """Who this process is, by its launcher's variables.
 
-    Raises UserError when only some of torchrun's variables are set.
+    Raises UserError when only some of them are set, when they make no sense, and for a launcher
+    whose processes cannot meet.
     """
     if {"RANK", "WORLD_SIZE"} & environment.keys():
         return _torchrun_place(environment)
     if environment.get("SUBMITIT_EXECUTOR") == "local":
         job, tasks = environment["SUBMITIT_LOCAL_JOB_ID"], int(environment["SUBMITIT_LOCAL_NTASKS"])
-        rank = int(environment["SUBMITIT_LOCAL_GLOBALID"])
-        return Place("submitit", rank, tasks, rank, tasks, "localhost", rendezvous_port(job))
+        rank, port = int(environment["SUBMITIT_LOCAL_GLOBALID"]), rendezvous_port(job)
+        return Place("submitit", rank, tasks, rank, tasks, "localhost", port, job=job)
+    for name in MPI_SIZES:  # before SLURM, since mpirun starts its helpers by srun
+        if (count := environment.get(name, "1")) != "1":
+            raise UserError(
+                f"expected torchrun or srun, got {count} processes of mpirun, each of which would "
+                f"run alone: start with torchrun --nproc-per-node {count}, or unset {name} if that "
+                "is what you want"
+            )
     # A batch script has SLURM's variables too, but only a step has several processes
     if {"SLURM_STEP_ID", "SLURM_PROCID"} <= environment.keys():
         return _slurm_place(environment)
@@ -105,31 +123,73 @@ def find_place(environment: Mapping[str, str]) -> Place:
 
 
 def _torchrun_place(environment: Mapping[str, str]) -> Place:
-    missing = [name for name in TORCHRUN if name not in environment]
-    if missing:
-        raise UserError(
-            f"expected the environment of torchrun ({', '.join(TORCHRUN)}), {', '.join(missing)} "
-            "missing: start with torchrun, or unset RANK and WORLD_SIZE to run one process"
-        )
-    rank, world_size, local_rank = (int(environment[name]) for name in TORCHRUN[:3])
-    local_world_size = int(environment.get("LOCAL_WORLD_SIZE", "1"))
-    address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
-    return Place("torchrun", rank, world_size, local_rank, local_world_size, address, port)
+    advice = "start with torchrun, or unset RANK and WORLD_SIZE to run one process"
+    _expect(environment, "torchrun", TORCHRUN, advice)
+    number = functools.partial(_integer, environment, advice)
+    world_size = number("WORLD_SIZE", 1)
+    attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return Place(
+        "torchrun",
+        number("RANK", 0, world_size - 1),
+        world_size,
+        number("LOCAL_RANK"),
+        number("LOCAL_WORLD_SIZE", 1) if "LOCAL_WORLD_SIZE" in environment else 1,
+        environment["MASTER_ADDR"],
+        number("MASTER_PORT", 1, 65535),
+        job=f"{environment.get('TORCHELASTIC_RUN_ID', '')}.{attempt}",
+    )
 
 
 def _slurm_place(environment: Mapping[str, str]) -> Place:
-    job, step = environment["SLURM_JOB_ID"], environment["SLURM_STEP_ID"]
+    advice = "start with srun, or unset SLURM_STEP_ID to run one process"
+    _expect(environment, "srun", STEP, advice)
+    number = functools.partial(_integer, environment, advice)
+    world_size = number("SLURM_STEP_NUM_TASKS", 1)
+    step = f"{environment['SLURM_JOB_ID']}.{environment['SLURM_STEP_ID']}"
+    if world_size > 1 and (where := interactive.typed_in(environment)):
+        return Place(f"{where} in SLURM, whose {world_size} tasks need srun")
     counts = tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
+    if sum(counts) != world_size:
+        raise UserError(
+            f"SLURM_STEP_TASKS_PER_NODE must have the sum SLURM_STEP_NUM_TASKS ({world_size}), got "
+            f"{as_text(environment['SLURM_STEP_TASKS_PER_NODE'])}: {advice}"
+        )
+    attempt = number("SLURM_RESTART_COUNT") if "SLURM_RESTART_COUNT" in environment else 0
     return Place(
         "submitit" if environment.get("SUBMITIT_EXECUTOR") == "slurm" else "SLURM",
-        int(environment["SLURM_PROCID"]),
-        int(environment["SLURM_STEP_NUM_TASKS"]),
-        int(environment["SLURM_LOCALID"]),
-        counts[int(environment["SLURM_NODEID"])],
+        number("SLURM_PROCID", 0, world_size - 1),
+        world_size,
+        number("SLURM_LOCALID"),
+        counts[number("SLURM_NODEID", 0, len(counts) - 1)],
         first_host(environment["SLURM_STEP_NODELIST"]),
-        rendezvous_port(f"{job}.{step}", int(environment.get("SLURM_RESTART_COUNT", "0"))),
+        rendezvous_port(step, attempt),
         own_gpu="SLURM_GPUS_PER_TASK" in environment,
+        job=f"{step}.{attempt}",
     )
+
+
+def _expect(
+    environment: Mapping[str, str], launcher: str, names: Sequence[str], advice: str
+) -> None:
+    """Raise UserError unless all names are set."""
+    if missing := [name for name in names if not environment.get(name)]:
+        raise UserError(
+            f"expected the environment of {launcher} ({', '.join(names)}), {', '.join(missing)} "
+            f"missing: {advice}"
+        )
+
+
+def _integer(
+    environment: Mapping[str, str], advice: str, name: str, low: int = 0, high: int | None = None
+) -> int:
+    """The variable's value. Raises UserError unless it is an integer from `low` to `high`."""
+    text = environment[name]
+    if re.fullmatch(r"-?[0-9]+", text) and low <= int(text) <= (
+        int(text) if high is None else high
+    ):
+        return int(text)
+    bounds = f">= {low}" if high is None else f"in [{low}, {high}]"
+    raise UserError(f"{name} must be an integer {bounds}, got {as_text(text)}: {advice}")
 
 
 def rendezvous_port(job: str, attempt: int = 0) -> int:
