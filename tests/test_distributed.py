@@ -398,6 +398,19 @@ def test_a_rank_that_waits_says_for_whom_and_how_not_to():
     assert error.endswith(advice)
 
 
+def test_torchruns_store_may_be_there_long_before_rank_0_is():
+    port = free_port()
+    agent = torch.distributed.TCPStore("localhost", port, 2, True, wait_for_workers=False)
+    variables = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    early = start_rank(1, port, 60, "print('met')", **variables)
+    with pytest.raises(subprocess.TimeoutExpired):
+        early.wait(distributed.rendezvous.FOREIGN_S + 4)
+    late = start_rank(0, port, 60, "print('met')", **variables)
+    for process in (early, late):
+        assert "met" in ended(process)[1]
+    assert agent.num_keys() > 0
+
+
 def test_a_name_without_an_address_is_refused_at_once():
     status, _, error = ended(start_rank(1, 29501, 1800, MASTER_ADDR="nowhere.invalid"))
     assert status == 2

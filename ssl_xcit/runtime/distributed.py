@@ -84,7 +84,8 @@ def setup(device: str = "auto", timeout_s: float = 1800.0) -> Distributed:
         print(_describe(place, chosen), flush=True)
     if place.world_size > 1:
         cuda = chosen.type == "cuda"
-        alone = "RANK -u WORLD_SIZE" if place.launcher == "torchrun" else "SLURM_STEP_ID"
+        slurms = "SLURM_STEP_ID" if "SLURM_STEP_ID" in os.environ else "SUBMITIT_EXECUTOR"
+        alone = "RANK -u WORLD_SIZE" if place.launcher == "torchrun" else slurms
         meeting = (place.address, place.port, place.rank, place.world_size, place.job)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",

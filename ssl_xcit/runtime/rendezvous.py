@@ -40,7 +40,7 @@ def meet(
     while not store.check(["all"]):
         time.sleep(POLL_S)
         now = time.monotonic()
-        if now - began > FOREIGN_S and not store.check(["rank 0"]):
+        if not _by_agent() and now - began > FOREIGN_S and not store.check(["rank 0"]):
             raise UserError(f"at {place} answers another job: {_other_port(alone)}")
 
         def missing() -> str:
@@ -60,8 +60,7 @@ def _open(
     address: str, port: int, rank: int, world_size: int, end: float, say: "_Sayer", advice: str
 ) -> dist.TCPStore:
     """Open the store, or reach it."""
-    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    opens, place, began = rank == 0 and not by_agent, f"{address}:{port}", time.monotonic()
+    opens, place, began = rank == 0 and not _by_agent(), f"{address}:{port}", time.monotonic()
     try:  # here, since torch tries again until its time is up
         socket.getaddrinfo(address, port)
     except OSError as error:
@@ -100,6 +99,11 @@ def _open(
     raise UserError(f"at {place} answers something else than rank 0: {_other_port(advice)}")
 
 
+def _by_agent() -> bool:
+    """Whether torchrun's agent has opened the store, maybe long before rank 0 comes."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def _listens(address: str, port: int) -> bool:
     try:
         socket.create_connection((address, port), timeout=2).close()
@@ -110,7 +114,7 @@ def _listens(address: str, port: int) -> bool:
 
 def _other_port(alone: str) -> str:
     """What to do about a port, by who has chosen it."""
-    if "SLURM" in alone:
+    if "RANK" not in alone:
         return "submit or start the step again, which has another port"
     return "choose another MASTER_PORT (torchrun --standalone finds a free one)"
 
