@@ -109,6 +109,32 @@ def test_a_sweep_shows_the_values_and_slurm_the_states(tmp_path, squeue):
     ]
 
 
+def test_the_table_of_a_sweep_has_the_results_and_what_has_failed(tmp_path, squeue):
+    squeue("12_1 FAILED", "12_2 COMPLETED", "14_0 FAILED", "13_1 CANCELLED", "14_1 CANCELLED")
+    for number, name in enumerate("abc"):
+        evaluations = {"knn": f"13_{number}", "linear": f"14_{number}"}
+        facts = {"job": f"12_{number}", "sweep": {"seed": number}, "evaluations": evaluations}
+        write(tmp_path / "s" / name / "slurm/submission.json", facts)
+    for name in "ac":
+        make_run(tmp_path / "s" / name, 1, [row(0, 0, 3.0)], step=1, epoch=1)
+    write(tmp_path / "s/a/eval/knn.json", {"accuracy": [{"k": 10, "top1": 50.5}]})
+    fast, official = {"top1": 61.5}, {"top1": 62.25}
+    write(tmp_path / "s/c/eval/linear/result.json", {"fast": fast, "official": official})
+    write(tmp_path / "s/c/eval/finetune/result.json", {"top1": 70.0, "epochs": 1})
+    command = [sys.executable, "-m", "ssl_xcit", "runs", str(tmp_path / "s"), "--out"]
+    done = forked.run([*command, str(tmp_path / "s/sweep.txt")], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "s/sweep.txt").read_text() == done.stdout
+    table = [line[:9] for line in cells(tmp_path / "s")]
+    head = ["run", "seed", "state", "epoch", "steps", "loss", "k-NN", "linear", "fine-tuning"]
+    assert table == [
+        head,
+        ["a", "0", "finished", "1/1", "1", "3.0000", "50.50", "failed", ""],
+        ["b", "1", "failed", "", "", "", "cancelled", "cancelled", ""],
+        ["c", "2", "finished", "1/1", "1", "3.0000", "", "62.25", "70.00"],
+    ]
+
+
 def test_a_real_run_and_a_real_fine_tuning_are_listed(photos, tmp_path, squeue):
     out = tmp_path / "r/a"
     with shallow.networks():
@@ -118,7 +144,8 @@ def test_a_real_run_and_a_real_fine_tuning_are_listed(photos, tmp_path, squeue):
     table = cells(tmp_path / "r")
     assert table[1][:5] == ["a", "finished", "1/1", "4", f"{last['train/loss']:.4f}"]
     assert table[2][:3] == ["a/eval/finetune", "finished", "1/1"]
-    assert [line[7] for line in table[1:]] == [read_verdict(out).name, ""]
+    said = table[0].index("verdict")
+    assert [line[said] for line in table[1:]] == [read_verdict(out).name, ""]
 
 
 def test_a_line_that_is_being_written_is_left_out(tmp_path, squeue):

@@ -167,6 +167,26 @@ def test_the_members_of_a_sweep_differ_in_what_is_swept_alone():
         assert train == load_config(TrainConfig, FILES[1:], argv)
 
 
+def test_a_sweep_of_pairs_is_in_brackets_and_its_folders_need_no_quotes(tmp_path):
+    scales = "crops.local_crops_scale=[0.05,0.4],[0.1, 0.5]"
+    for words in ([scales, "seed=0,1"], [*scales.split(), "seed=0,1"]):  # quoted or not
+        argv = [*GIVEN, "--out", "s", "--sweep", *words]
+        runs = slurm._sweep(load_config(SubmitConfig, FILES, argv))
+        found = [(train.out, train.crops.local_crops_scale, train.seed) for train, _ in runs]
+        assert found == [
+            ("s/local_crops_scale=0.05-0.4_seed=0", (0.05, 0.4), 0),
+            ("s/local_crops_scale=0.05-0.4_seed=1", (0.05, 0.4), 1),
+            ("s/local_crops_scale=0.1-0.5_seed=0", (0.1, 0.5), 0),
+            ("s/local_crops_scale=0.1-0.5_seed=1", (0.1, 0.5), 1),
+        ]
+    facts = tmp_path / "sweep.yaml"
+    facts.write_text(f"slurm: {{sweep: ['{scales}', 'data=/a=b/c.beton']}}\n")
+    argv = ["--arch", "xcit_nano_12_p8", "--out", "s", "--config", str(facts)]
+    runs = slurm._sweep(load_config(SubmitConfig, FILES, argv))
+    assert [train.crops.local_crops_scale for train, _ in runs] == [(0.05, 0.4), (0.1, 0.5)]
+    assert runs[0][0].data == "/a=b/c.beton"
+
+
 # What is submitted
 
 
@@ -252,6 +272,29 @@ def test_evaluations_wait_for_the_training(folder, sbatch):
     settings = load_config(submission.settings_of("linear"), argv=found.arguments)
     assert (settings.checkpoint, settings.out) == ("runs/a", "runs/a/eval/linear")
     assert (settings.train, settings.test) == ("t.beton", "v.beton")
+
+
+def test_a_sweep_ends_with_a_job_that_writes_its_table(folder, sbatch):
+    path = sbatch("Submitted batch job 123")
+    flags = ["--out", "runs/a", "--nodes", "2", "--sweep", "seed=0,1", "--eval", "knn"]
+    flags += ["--eval_train", "t.beton", "--eval_test", "v.beton"]
+    done = run_submit(*GIVEN, *flags, cwd=folder, path=path)
+    assert done.returncode == 0, done.stderr
+    said = "table of the sweep when all have ended: job 123, runs/a/sweep.txt\n"
+    assert said in done.stdout
+    script = (folder / "bin/submitted_2.sh").read_text()
+    for line in (
+        *("--dependency=afterany:123:123", "--nodes=1", "--ntasks-per-node=1", "--time=15"),
+        *("--cpus-per-task=1", "--job-name=table_a"),
+    ):
+        assert f"#SBATCH {line}\n" in script
+    assert "--gpus" not in script
+    found = DelayedSubmission.load(folder / "runs/a/slurm/123_submitted.pkl").function
+    table = str(folder / "runs/a/sweep.txt")
+    assert (found.script, found.arguments) == ("runs", (str(folder / "runs/a"), "--out", table))
+    dry = run_submit(*GIVEN, *flags, "--dry-run", cwd=folder).stdout
+    assert "# table of the sweep\n" in dry
+    assert "# #SBATCH --dependency=afterany:ID\n" in dry
 
 
 def test_an_evaluation_alone_has_its_own_options_and_the_jobs(folder, sbatch):
@@ -395,11 +438,16 @@ def test_another_configuration_in_the_same_folder_is_refused(folder, sbatch):
         ("--eval knn", "--eval knn needs labelled images: pass --eval_train and --eval_test"),
         ("--eval dreams --eval_train a", "--eval takes knn, linear, finetune, got dreams"),
         ("--eval knn --cluster local --gpus_per_node 0", "--eval needs SLURM, got cluster local"),
-        ("--sweep lr", "--sweep takes name=value,value ..., got lr"),
+        ("--sweep lr", "--sweep takes name=value,value ..., or for"),
         ("--sweep lrr=1,2", "unknown option --lrr; nearest: --optim.lr"),
         ("--sweep lr=fast", "--optim.lr: expected a number, got fast"),
         ("--sweep arch=xcit_nano_12_p8", "--sweep cannot vary arch"),
         ("--sweep seed=1,1", "--sweep names a value twice"),
+        ("--sweep seed=", "got no value of seed"),
+        ("--sweep local_crops_scale=[0.05,0.4", "several numbers name=[a,b],[c,d], got local"),
+        ("--sweep local_crops_scale=[[0.05,0.4]]", "several numbers name=[a,b],[c,d], got local"),
+        ("--sweep local_crops_scale=0.05,0.4", "2 numbers, got 0.05 (--sweep takes name=value,"),
+        ("--sweep local_crops_scale=[1],[1,2]", "2 numbers, got [1] (--sweep takes name=value,"),
     ],
 )
 def test_bad_options_are_refused(folder, sbatch, flags, complaint):

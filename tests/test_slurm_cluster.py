@@ -207,7 +207,8 @@ def runs(cluster, submit, checkout, events):
             if fate:  # at once: on a loaded machine a run may end before the last is submitted
                 events[name] = pool.submit(fate[0], found[name], cluster, *fate[1:])
         ranks = ("--nodes", "2", "--tasks_per_node", "2", "--batch_size_per_gpu", "3")
-        sweep = ("--sweep", "optim.lr=1e-3,2e-3", "seed=0", "--additional", calm)
+        pairs = "local_crops_scale=[0.05,0.4],[0.1,0.5]"
+        sweep = ("--sweep", pairs, "lr=1e-3", "--additional", calm, "--eval", "knn", *images)
         held = ("--additional", f"{calm} hold")
         found["frozen"] = submit.run("frozen", *held, root=checkout, epochs=1)
         found["ranks"] = submit.run("ranks", "--additional", calm, *ranks, epochs=2)
@@ -301,18 +302,82 @@ def test_tasks_on_two_nodes_are_one_run(runs, cluster):
 
 def test_a_sweep_is_one_array_with_a_run_folder_each(runs, cluster, submit):
     array = re.match(r"job (\d+)_0,", runs["sweep"].said).group(1)
-    for number, rate in enumerate(("1e-3", "2e-3")):
+    for number, (low, high) in enumerate(((0.05, 0.4), (0.1, 0.5))):
         assert cluster.wait_for(f"{array}_{number}") == "COMPLETED"
-        run = submit.folder / f"runs/sweep/lr={rate}_seed=0"
+        run = submit.folder / f"runs/sweep/local_crops_scale={low}-{high}_lr=1e-3"
         assert f"job {array}_{number}, run folder runs/sweep/{run.name}" in runs["sweep"].said
-        assert read_config(TrainConfig, run / "config.yaml").optim.lr == float(rate)
+        assert read_config(TrainConfig, run / "config.yaml").crops.local_crops_scale == (low, high)
         assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == list(range(4))
-    listed = list_runs(submit.folder / "runs/sweep").splitlines()
-    assert listed[0].split()[:4] == ["run", "optim.lr", "seed", "state"]
-    assert [line.split()[1:4] for line in listed[1:]] == [
-        ["0.001", "0", "finished"],
-        ["0.002", "0", "finished"],
+
+
+def table_of(said: str, cluster: SlurmCluster) -> list[list[str]]:
+    """The cells of a sweep's last table, when its job has written it."""
+    job, path = re.search(r"when all have ended: job (\d+), (\S+)", said).groups()
+    assert cluster.wait_for(job) == "COMPLETED"
+    return [re.split("  +", line) for line in Path(path).read_text().splitlines()]
+
+
+def test_a_sweep_ends_with_one_table_of_its_runs_and_their_results(runs, cluster, submit):
+    with contextlib.chdir(submit.folder):
+        head, *rows = table_of(runs["sweep"].said, cluster)
+        listed = list_runs(Path("runs/sweep")).splitlines()
+    assert head[:7] == [
+        "run",
+        "crops.local_crops_scale",
+        "optim.lr",
+        *["state", "epoch", "steps", "loss"],
     ]
+    assert head[7:] == ["k-NN", "logged", "verdict"]
+    for row, pair in zip(rows, ("[0.05, 0.4]", "[0.1, 0.5]"), strict=True):
+        result = json.loads((submit.folder / "runs/sweep" / row[0] / "eval/knn.json").read_text())
+        top1 = max(found["top1"] for found in result["accuracy"])
+        assert row[1:6] == [pair, "0.001", "finished", "1/1", "4"]
+        assert row[7] == f"{top1:.2f}"
+    assert [line.split()[0] for line in listed] == [line[0] for line in (head, *rows)]
+
+
+def test_a_failed_run_is_called_so_in_the_table_of_its_sweep(cluster, submit):
+    calm = nodelist(cluster, 0, 1)
+    flags = ("--sweep", "batch_size_per_gpu=12,1000", "--additional", calm)  # of 48 images
+    images = ("--eval", "knn", "--eval_train", "photos.beton", "--eval_test", "photos.beton")
+    run = submit.run("failing", *flags, *images, epochs=1)
+    with contextlib.chdir(submit.folder):
+        _, good, bad = table_of(run.said, cluster)
+    assert good[:3] == ["batch_size_per_gpu=12", "12", "finished"]
+    assert bad == ["batch_size_per_gpu=1000", "1000", "failed", "cancelled"]
+
+
+def in_shell(cluster: SlurmCluster, command: str, folder: Path) -> str:
+    """What a command prints that is typed into the shell of four tasks."""
+    (folder / "typed").write_text(f"{command} > {folder}/out 2>&1\nexit\n")
+    subprocess.run(
+        ["script", "-qec", "srun -n4 --pty bash --norc --noprofile", "/dev/null"],
+        stdin=(folder / "typed").open(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env=cluster.environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        check=False, timeout=120,
+    )  # fmt: skip
+    return (folder / "out").read_text()
+
+
+JOIN = "from ssl_xcit.runtime import distributed as d; d.setup('cpu', 60); d.teardown()"
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("{python}", "one process (an interactive shell in SLURM, whose 4 tasks need srun)"),
+        ("srun --overlap -n2 {python}", "rank 0 of 2 (SLURM)"),  # which inherits SLURM_PTY_PORT
+        ("srun --overlap -n2 bash -c '{python}; true'", "rank 0 of 2 (SLURM)"),
+        (
+            "sbatch --wait -o job --wrap '{python}; true' && cat job",
+            "one process (a batch script in SLURM, whose 4 tasks need srun)",
+        ),
+    ],
+)
+def test_in_a_shell_of_several_tasks_only_srun_starts_ranks(cluster, tmp_path, command, expected):
+    (tmp_path / "join.py").write_text(JOIN)
+    line = f"cd {tmp_path}; " + command.format(python=f"{sys.executable} join.py")
+    assert expected in in_shell(cluster, f"({line})", tmp_path)
 
 
 def test_a_queued_run_keeps_the_program_that_it_was_submitted_with(runs, cluster, checkout):

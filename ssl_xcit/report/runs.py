@@ -2,10 +2,13 @@
 
 The table has one row per run: the values that a sweep gave it, its state, epoch, steps and loss by
 the last row of metrics.jsonl, the k-NN top-1 of the cls token in percent (the best k of
-eval/knn.json, else the last probe), the time since the last row, and the verdict on a pretraining.
+eval/knn.json, else the last probe), the best top-1 of eval/linear and eval/finetune where there are
+any, or the state of the job that is to find it, the time since the last row, and the verdict on a
+pretraining.
 The states:
 
     pending, running, ...   SLURM's state of the run's job
+    failed, cancelled, ...  how it has ended, as long as SLURM remembers, with epochs left
     finished                all epochs are done
     unfinished              no job, epochs left: the same command continues the run
     not started             no job, no rows
@@ -26,12 +29,16 @@ from ssl_xcit.finetune.config import FinetuneConfig
 from ssl_xcit.runtime import options
 from ssl_xcit.runtime.config import read_config
 from ssl_xcit.runtime.errors import UserError, exit_on_user_error
-from ssl_xcit.runtime.files import read_metrics
+from ssl_xcit.runtime.files import read_metrics, write_text
 from ssl_xcit.training.verdict import Verdict
 
 Config = TrainConfig | FinetuneConfig
 SKIPPED = {"checkpoints", "slurm", "bad_step"}  # folders with many files and no runs
-COLUMNS = ("state", "epoch", "steps", "loss", "k-NN", "logged", "verdict")
+COLUMNS = ("state", "epoch", "steps", "loss", "k-NN", "linear", "fine-tuning", "logged", "verdict")
+SOME = {"linear", "fine-tuning"}  # columns that are left out where all are empty
+# States of jobs that will not run again
+ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"}
+ENDED |= {"OUT_OF_MEMORY", "TIMEOUT"}
 
 
 def find_runs(root: Path) -> Iterator[Path]:
@@ -87,13 +94,28 @@ def describe_run(run: Path, states: dict[str, str]) -> dict[str, str]:
     evaluated = [row["top1"] for row in read_json(run / "eval/knn.json").get("accuracy", [])]
     if evaluated or probed:
         found["k-NN"] = f"{max(evaluated) if evaluated else probed[-1]:.2f}"
-    job = read_json(run / "slurm/submission.json").get("job")
+    linear, finetune = (read_json(run / f"eval/{n}/result.json") for n in ("linear", "finetune"))
+    tops = [(linear.get(protocol) or {}).get("top1") for protocol in ("fast", "official")]
+    for column, top1 in (
+        ("linear", max((top for top in tops if top is not None), default=None)),
+        ("fine-tuning", finetune.get("top1")),
+    ):
+        found[column] = "" if top1 is None else f"{top1:.2f}"
+    submission = read_json(run / "slurm/submission.json")
+    job = submission.get("job")
+    for name, evaluation in (submission.get("evaluations") or {}).items():
+        column = {"knn": "k-NN", "finetune": "fine-tuning"}.get(name, name)
+        state = states.get(evaluation, "COMPLETED")
+        if state != "COMPLETED" and not (evaluated if name == "knn" else found[column]):
+            found[column] = state.lower()
     saved = (read_json(path) for path in run.glob("checkpoints/step_*/state.json"))
     epochs = max((document.get("epoch", 0) for document in saved), default=0)
-    if job in states:
+    if job in states and states[job] not in ENDED:
         found["state"] = states[job].lower()
     elif config and epochs >= config.optim.epochs:
         found["state"] = "finished"
+    elif states.get(job, "COMPLETED") != "COMPLETED":
+        found["state"] = states[job].lower()
     else:
         found["state"] = "unfinished" if rows else "not started"
     return found
@@ -112,7 +134,8 @@ def list_runs(root: Path) -> str:
         swept = {setting: options.as_text(value) for setting, value in swept.items()}
         rows.append({"run": name} | swept | describe_run(run, states))
     swept = dict.fromkeys(key for row in rows for key in row if key not in ("run", *COLUMNS))
-    columns = ("run", *swept, *COLUMNS)
+    shown = [name for name in COLUMNS if name not in SOME or any(row[name] for row in rows)]
+    columns = ("run", *swept, *shown)
     table = [columns, *([row.get(column, "") for column in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return "\n".join(
@@ -122,10 +145,13 @@ def list_runs(root: Path) -> str:
 
 
 def job_states() -> dict[str, str]:
-    """The state of each job in SLURM's queue by id, "12_3" for array members; {} without SLURM."""
+    """The state of each job by id, "12_3" for array members; {} without SLURM.
+
+    Of those that SLURM still knows: all in its queue, and for some minutes what has ended.
+    """
     if shutil.which("squeue") is None:
         return {}
-    command = ["squeue", "--noheader", "--array", "--format", "%i %T"]
+    command = ["squeue", "--noheader", "--array", "--states=all", "--format", "%i %T"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     return dict(line.split(maxsplit=1) for line in found.stdout.splitlines())
 
@@ -141,8 +167,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command `ssl-xcit runs`."""
     parser = argparse.ArgumentParser(prog="ssl-xcit runs", description="List the runs in a folder.")
     parser.add_argument("folder", type=Path, help="folder of run folders, or one run folder")
+    parser.add_argument("--out", type=Path, help="also write the list into this file")
+    arguments = parser.parse_args(argv)
     with exit_on_user_error():
-        print(list_runs(parser.parse_args(argv).folder))
+        table = list_runs(arguments.folder)
+        print(table)
+        if arguments.out:
+            write_text(arguments.out, table + "\n")
 
 
 def verdict_main(argv: Sequence[str] | None = None) -> None:

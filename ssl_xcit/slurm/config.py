@@ -55,7 +55,8 @@ class SlurmConfig:
     eval_test: str = ""
     """Their labelled test images; by default --probe_test."""
     sweep: tuple[str, ...] = ()
-    """A job per combination, such as "optim.lr=2.5e-4,5e-4 seed=0,1"; run folders are in --out."""
+    """A job per combination, such as "lr=1e-4,5e-4 local_crops_scale=[0.05,0.4],[0.1,0.4]"; run
+    folders and, when all have ended, the table sweep.txt are in --out."""
 
     def __post_init__(self) -> None:
         check(self, ">= 1", "nodes", "cpus_per_task", "max_idle_attempts")

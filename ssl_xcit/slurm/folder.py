@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ssl_xcit.dino.config import TrainConfig
-from ssl_xcit.report.runs import job_states, read_json
+from ssl_xcit.report.runs import ENDED, job_states, read_json
 from ssl_xcit.runtime.config import INSTALLED, config_differences, read_config
 from ssl_xcit.runtime.errors import UserError
 from ssl_xcit.runtime.files import write_text
@@ -41,7 +41,8 @@ def check_run_folder(train: TrainConfig) -> None:
                 "choose another --out, or repeat the run's own settings to continue it"
             )
     job = read_json(out / "slurm/submission.json").get("job")
-    if job and (state := job_states().get(job)):
+    state = job_states().get(job, "COMPLETED")
+    if job and state not in ENDED:
         raise UserError(
             f"{out} is the folder of job {job}, which is {state}: scancel {job} first, or choose "
             "another --out"

@@ -7,6 +7,7 @@ import contextlib
 import io
 import itertools
 import os
+import re
 import shlex
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -37,6 +38,8 @@ AFTER_TRAINING = {
     "linear": "--checkpoint {run} --train {train} --test {test} --out {run}/eval/linear",
     "finetune": "--init {run} --data {train} --test {test} --out {run}/eval/finetune",
 }
+SWEEP_SYNTAX = "name=value,value ..., or for a setting of several numbers name=[a,b],[c,d]"
+SWEEP_TABLE = "sweep.txt"  # in --out
 RESULT_FILES = {"knn": "knn.json", "supervised": "supervised.json"}  # the others write a folder
 
 
@@ -148,8 +151,9 @@ def submit(config: SubmitConfig) -> None:
     jobs = tuple(PretrainJob(code, train.out, limit, train) for train, _ in runs)
     training = Submission(out.name, out.absolute() / "slurm", slurm, jobs)
     evaluations = {name: _evaluation(name, config, training) for name in slurm.eval}
+    table = _table(training) if slurm.sweep and slurm.cluster == "slurm" else None
     if slurm.dry_run:
-        _print_plan(config, training, evaluations)
+        _print_plan(config, training, evaluations, table)
         return
     if not config.data:
         raise UserError(
@@ -168,15 +172,21 @@ def submit(config: SubmitConfig) -> None:
         for name, evaluation in evaluations.items():
             waiting = replace(evaluation, dependency=dependency).submit()
             after[name] = [job.job_id for job in waiting]
+        if table:
+            ids = [first, *(ids[0].partition("_")[0] for ids in after.values())]
+            (last,) = replace(table, dependency=f"afterany:{':'.join(ids)}").submit()
     except UserError as error:
         subprocess.run(["scancel", first], check=False)
-        raise UserError(f"{error} (evaluation {name}; job {first} is cancelled)") from error
+        what = f"evaluation {name}" if len(after) < len(evaluations) else "table of the sweep"
+        raise UserError(f"{error} ({what}; job {first} is cancelled)") from error
     for number, ((train, point), job) in enumerate(zip(runs, submitted, strict=True)):
         facts = {"sweep": point, "evaluations": {name: ids[number] for name, ids in after.items()}}
         describe(Path(train.out) / "slurm", job.job_id, slurm.cluster, code, facts)
         print(f"job {job.job_id}, run folder {train.out}")
     for name, ids in after.items():
         print(f"evaluation {name} after it: job {ids[0].partition('_')[0]}")
+    if table:
+        print(f"table of the sweep when all have ended: job {last.job_id}, {out / SWEEP_TABLE}")
     _follow(submitted, slurm, out if array else out.parent)
 
 
@@ -248,6 +258,21 @@ def _evaluation(name: str, config: SubmitConfig, training: Submission) -> Submis
     )
 
 
+def _table(training: Submission) -> Submission:
+    """The last job of a sweep: the list of its runs and of their results, on one core."""
+    out = training.folder.parent
+    words = (str(out), "--out", str(out / SWEEP_TABLE))
+    first = training.jobs[0]
+    small = {"nodes": 1, "gpus_per_node": 0, "tasks_per_node": 1, "cpus_per_task": 1}
+    return replace(
+        training,
+        name=f"table_{training.name}",
+        slurm=replace(training.slurm, **small, time=0.25, signal_delay=60),
+        jobs=(ScriptJob(first.code, str(out), first.max_idle_attempts, "runs", words),),
+        dependency="afterany:ID",  # also of what fails
+    )
+
+
 def _training(config: SubmitConfig, **changes: options.Value) -> TrainConfig:
     """The settings of the training, without those of the job."""
     values = {k: v for k, v in options.flat(config).items() if not k.startswith("slurm.")}
@@ -259,28 +284,48 @@ def _sweep(config: SubmitConfig) -> list[tuple[TrainConfig, dict[str, options.Va
 
     Raises UserError for an unknown name or a bad value.
     """
-    grid: dict[str, list[str]] = {}
-    for word in " ".join(config.slurm.sweep).split():  # "seed=0,1 lr=1" arrives split at commas
-        name, equals, value = word.partition("=")
-        if equals:
-            grid[name] = [value]
-        elif grid:
-            grid[list(grid)[-1]].append(word)
-        else:
-            raise UserError(f"--sweep takes name=value,value ..., got {word}")
+    grid = _grid(" ".join(config.slurm.sweep))
     runs = []
     for values in itertools.product(*grid.values()):
         chosen = dict(zip(grid, values, strict=True))
         flags = [f"--{name}={value}" for name, value in chosen.items()]
-        point, _, _ = options.read_flags(TrainConfig, flags)
+        try:
+            point, _, _ = options.read_flags(TrainConfig, flags)
+        except UserError as error:
+            raise UserError(f"{error} (--sweep takes {SWEEP_SYNTAX})") from error
         if fixed := point.keys() & {"arch", "out"}:
             raise UserError(f"--sweep cannot vary {fixed.pop()}: it decides recipe or folder")
-        words = [f"{name.rpartition('.')[2]}={value}" for name, value in chosen.items()]
-        folder = Path(config.out) / "_".join(words).replace("/", "-")
+        folder = Path(config.out) / "_".join(map(_folder_word, chosen.items()))
         runs.append((_training(config, **point, out=str(folder)), point))
     if len({train.out for train, _ in runs}) < len(runs):
         raise UserError(f"--sweep names a value twice: {' '.join(config.slurm.sweep)}")
     return runs
+
+
+def _grid(sweep: str) -> dict[str, list[str]]:
+    """The values of each name. Raises UserError for what is not SWEEP_SYNTAX.
+
+    "seed=0,1 lr=1" arrives split at its commas, so a space parts values as a comma does.
+    """
+    grid: dict[str, list[str]] = {}
+    pattern = r"((?<![^\s,])[^\s,=\[\]]+=)|(\[[^\[\]=]*\]|[^\s,\[\]]+)(?=[\s,]|$)|([\s,]+)|(.)"
+    for name, value, _, stray in re.findall(pattern, sweep):
+        if name:
+            grid[name[:-1]] = []
+        elif stray or (value and not grid):
+            raise UserError(f"--sweep takes {SWEEP_SYNTAX}, got {sweep}")
+        elif value:
+            grid[list(grid)[-1]].append(value)
+    if empty := [name for name, values in grid.items() if not values]:
+        raise UserError(f"--sweep takes {SWEEP_SYNTAX}, got no value of {empty[0]}")
+    return grid
+
+
+def _folder_word(assignment: tuple[str, str]) -> str:
+    """A part of a folder's name, without what shells take for theirs: scale=0.4-1.0"""
+    name, value = assignment
+    words = "-".join(value.strip("[]").replace(",", " ").split())
+    return f"{name.rpartition('.')[2]}={words}".replace("/", "-")
 
 
 def _additional(text: str) -> dict[str, str | bool]:
@@ -311,7 +356,10 @@ def _outside_of_any_job() -> Iterator[None]:
 
 
 def _print_plan(
-    config: SubmitConfig, training: Submission, evaluations: dict[str, Submission]
+    config: SubmitConfig,
+    training: Submission,
+    evaluations: dict[str, Submission],
+    table: Submission | None,
 ) -> None:
     """The script, and all the rest in comments, so that sbatch takes the whole."""
     if config.slurm.cluster == "slurm":
@@ -324,6 +372,8 @@ def _print_plan(
         print(_commented("run folders\n" + "".join(f"{job.out}\n" for job in training.jobs)))
     for name, evaluation in evaluations.items():
         print(_commented(f"evaluation {name}\n{evaluation.script()}"))
+    if table:
+        print(_commented(f"table of the sweep\n{table.script()}"))
 
 
 def _commented(text: str) -> str:
