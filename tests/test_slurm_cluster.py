@@ -342,17 +342,17 @@ def test_a_failed_run_is_called_so_in_the_table_of_its_sweep(cluster, submit):
     images = ("--eval", "knn", "--eval_train", "photos.beton", "--eval_test", "photos.beton")
     run = submit.run("failing", *flags, *images, epochs=1)
     with contextlib.chdir(submit.folder):
-        _, good, bad = table_of(run.said, cluster)
+        _, bad, good = table_of(run.said, cluster)
     assert good[:3] == ["batch_size_per_gpu=12", "12", "finished"]
     assert bad == ["batch_size_per_gpu=1000", "1000", "failed", "cancelled"]
 
 
 def in_shell(cluster: SlurmCluster, command: str, folder: Path) -> str:
     """What a command prints that is typed into the shell of four tasks."""
-    (folder / "typed").write_text(f"{command} > {folder}/out 2>&1\nexit\n")
+    line = f"({command}) < /dev/null > {folder}/out 2>&1"
     subprocess.run(
         ["script", "-qec", "srun -n4 --pty bash --norc --noprofile", "/dev/null"],
-        stdin=(folder / "typed").open(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        input=f"{line}\nexit\n".encode(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         env=cluster.environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         check=False, timeout=120,
     )  # fmt: skip
@@ -377,7 +377,7 @@ JOIN = "from ssl_xcit.runtime import distributed as d; d.setup('cpu', 60); d.tea
 def test_in_a_shell_of_several_tasks_only_srun_starts_ranks(cluster, tmp_path, command, expected):
     (tmp_path / "join.py").write_text(JOIN)
     line = f"cd {tmp_path}; " + command.format(python=f"{sys.executable} join.py")
-    assert expected in in_shell(cluster, f"({line})", tmp_path)
+    assert expected in in_shell(cluster, line, tmp_path)
 
 
 def test_a_queued_run_keeps_the_program_that_it_was_submitted_with(runs, cluster, checkout):
