@@ -15,7 +15,7 @@ import sklearn.datasets
 import torchvision
 from PIL import Image, ImageOps
 
-from ssl_xcit.data import images
+from ssl_xcit.data import images, sources
 from ssl_xcit.data.images import (
     ENCODED,
     EXTRANEOUS,
@@ -27,8 +27,8 @@ from ssl_xcit.data.images import (
     encode,
     is_harmless,
     jpeg_problem,
-    open_source,
 )
+from ssl_xcit.data.sources import Source, open_source
 from ssl_xcit.runtime.errors import UserError
 
 PHOTOS = Path(sklearn.datasets.__file__).parent / "images"
@@ -392,7 +392,7 @@ def tree(folder: Path, *names: str) -> Path:
     return folder
 
 
-def listed(source: images.Source) -> list[str]:
+def listed(source: Source) -> list[str]:
     return [source.name(i) for i in range(source.size)]
 
 
@@ -466,7 +466,7 @@ def write_idx(path: Path, values: np.ndarray) -> None:
 
 
 def test_fashion_mnist_is_read_from_the_debian_package(tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "DEBIAN_FASHION_MNIST", tmp_path)
+    monkeypatch.setattr(sources, "DEBIAN_FASHION_MNIST", tmp_path)
     for stem, n in (("train", 6), ("t10k", 4)):
         write_idx(tmp_path / f"{stem}-images-idx3-ubyte.gz", np.full((n, 28, 28), n, np.uint8))
         write_idx(tmp_path / f"{stem}-labels-idx1-ubyte.gz", np.arange(n, dtype=np.uint8))
@@ -479,7 +479,7 @@ def test_fashion_mnist_is_read_from_the_debian_package(tmp_path, monkeypatch):
     assert (stored.mode, stored.height, stored.width, len(stored.data)) == (RAW, 28, 28, 2352)
 
 
-@pytest.mark.skipif(not images.DEBIAN_FASHION_MNIST.is_dir(), reason="no dataset-fashion-mnist")
+@pytest.mark.skipif(not sources.DEBIAN_FASHION_MNIST.is_dir(), reason="no dataset-fashion-mnist")
 def test_the_debian_package_holds_the_published_numbers():
     source = open_source("FashionMNIST", split="test")
     assert np.bincount(source.labels).tolist() == [1000] * 10
