@@ -188,7 +188,7 @@ def _walk(
         elif extension in EXTENSIONS:
             yield prefix + entry.name
         elif entry.is_symlink() and not os.path.exists(entry.path):  # of a folder, perhaps
-            others["dead links"] += 1
+            others["linked to nowhere"] += 1
         else:
             others[extension or "without extension"] += 1
 
