@@ -347,6 +347,34 @@ def test_broken_images_are_left_out_on_demand_and_noted(tmp_path):
     assert not (tmp_path / "none.beton").exists()
 
 
+def test_the_same_images_are_left_out_in_the_same_words_for_any_number_of_workers(tmp_path):
+    tree = small_tree(tmp_path / "tree")
+    break_some(tree)
+    os.mkfifo(tree / "c" / "pipe.jpg")  # nobody will ever write to it
+    (tree / "c" / "self.jpg").symlink_to("self.jpg")
+    for i in range(3):
+        (tree / "a" / f"{i}.heic").touch()
+    files = [tmp_path / f"{workers}.beton" for workers in (1, 5)]
+    for workers, file in zip((1, 5), files, strict=True):
+        write = [*COMMAND, "write", tree, file, "--skip-broken", "--workers", str(workers)]
+        done = subprocess.run(write, capture_output=True, text=True, check=True, timeout=60)
+        assert "left out 3 files: 3 .heic" in done.stderr.splitlines()
+    assert files[0].read_bytes() == files[1].read_bytes()
+    beton = Beton(files[0])
+    assert len(beton) == 6
+    assert beton.info["broken"][2:] == [
+        "b/text.png: no format that Pillow knows",
+        "c/gone.jpg: a link to a file that is not there",
+        "c/pipe.jpg: no regular file",
+        "c/self.jpg: Too many levels of symbolic links",
+    ]
+    assert "left out    3 files: 3 .heic" in describe(beton)
+
+
+def test_nothing_is_noted_of_files_left_out_where_there_are_none(small):
+    assert "left_out" not in Beton(small).info
+
+
 def test_a_missing_decoder_is_not_blamed_on_the_images(tmp_path, monkeypatch):
     tree = many_links(tmp_path / "in", 3)
     images._turbojpeg.cache_clear()

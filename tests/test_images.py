@@ -3,6 +3,8 @@
 import gzip
 import io
 import os
+import re
+import socket
 import struct
 import sys
 import warnings
@@ -15,7 +17,7 @@ import sklearn.datasets
 import torchvision
 from PIL import Image, ImageOps
 
-from ssl_xcit.data import images
+from ssl_xcit.data import images, sources
 from ssl_xcit.data.images import (
     ENCODED,
     EXTRANEOUS,
@@ -25,10 +27,11 @@ from ssl_xcit.data.images import (
     BrokenImageError,
     Encoding,
     encode,
+    guarded,
     is_harmless,
     jpeg_problem,
-    open_source,
 )
+from ssl_xcit.data.sources import Source, open_source
 from ssl_xcit.runtime.errors import UserError
 
 PHOTOS = Path(sklearn.datasets.__file__).parent / "images"
@@ -392,7 +395,7 @@ def tree(folder: Path, *names: str) -> Path:
     return folder
 
 
-def listed(source: images.Source) -> list[str]:
+def listed(source: Source) -> list[str]:
     return [source.name(i) for i in range(source.size)]
 
 
@@ -414,14 +417,96 @@ def test_a_folder_per_class_gives_labels_by_sorted_folder_name_like_torchvision(
         (["a/1.jpg", "b/1.jpg", "c.jpg"], "c.jpg is not in a class folder"),
         (["a/1.jpg", "b/deep/1.jpg"], "b/deep/1.jpg is not in a class folder"),
         (["a/1.jpg", "a/2.jpg"], "all images are in one folder"),
+        (["c.jpg", "d.jpg", "e.jpg"], "c.jpg is not .* under .*, nor are 2 others"),
+        (["train/1.jpg", "val/1.jpg"], r"its folders are splits \(train, val\), not classes"),
+        (["train/images/1.jpg", "val/images/1.jpg"], r"its folders are splits \(train, val\)"),
     ],
 )
 def test_other_trees_have_no_labels_and_say_why(tmp_path, names, reason):
     source = open_source(tree(tmp_path, *names))
     assert source.labels is None
     assert source.class_names is None
-    assert reason in source.description
+    assert re.search(reason, source.description)
+    assert source.unlabelled.startswith("since ")
+    assert source.description.endswith(f"labels: none, {source.unlabelled}")
     assert listed(source) == sorted(names)
+
+
+CLASSES = [f"{name}/{i}.jpg" for name in "ab" for i in range(9)]
+
+
+@pytest.mark.parametrize("stray", ["cover.jpg", "a/deep/1.jpg", "b/deep/est/1.jpg"])
+def test_images_astray_beside_class_folders_are_listed_and_refused(tmp_path, stray):
+    tree(tmp_path, *CLASSES, stray)
+    with pytest.raises(UserError, match=f"1 of 19 images are not .*: {stray}: .*--no-labels"):
+        open_source(tmp_path)
+    source = open_source(tmp_path, labels=False)
+    assert (source.size, source.labels) == (19, None)
+    tree(tmp_path, "2.jpg", "3.jpg")  # 18 of 21 are less than nine tenths
+    assert open_source(tmp_path).labels is None
+
+
+@pytest.mark.parametrize("splits", [("train", "val"), ("Training", "test", "valid"), ("train",)])
+def test_a_folder_of_splits_is_refused_with_the_one_to_give(tmp_path, splits):
+    tree(tmp_path, *(f"{split}/{name}" for split in splits for name in CLASSES))
+    with pytest.raises(UserError, match=f"holds splits .* such as {tmp_path / min(splits)}, or"):
+        open_source(tmp_path)
+    assert open_source(tmp_path, labels=False).size == 18 * len(splits)
+    assert open_source(tmp_path / splits[0]).class_names == ("a", "b")
+
+
+def test_what_systems_put_beside_class_folders_is_passed_over(tmp_path):
+    tree(tmp_path, *CLASSES)
+    before = open_source(tmp_path)
+    tree(
+        tmp_path,
+        "@eaDir/a/1.jpg/SYNOPHOTO_THUMB_M.jpg",
+        "__MACOSX/a/._1.jpg",
+        "__MACOSX/a/1.jpg",
+        ".ipynb_checkpoints/1-checkpoint.jpg",
+        "a/.ipynb_checkpoints/1-checkpoint.jpg",
+        "b/@eaDir/1.jpg/SYNOPHOTO_THUMB_M.jpg",
+        "$RECYCLE.BIN/1.jpg",
+        "a/Thumbs.db",
+        "b/._1.jpg",
+    )
+    (tmp_path / "lost+found").mkdir()  # no class without images either
+    after = open_source(tmp_path)
+    assert listed(after) == listed(before) == CLASSES
+    assert after.class_names == before.class_names == ("a", "b")
+    assert (after.description, after.left_out) == (before.description, "")
+
+
+def test_files_of_other_kinds_are_counted(tmp_path):
+    names = [f"a/{i}.HEIC" for i in range(10)] + ["b/IMG_1", "b/IMG_2", "notes.txt", ".hidden"]
+    tree(tmp_path, *CLASSES, *names)
+    (tmp_path / "c").symlink_to("unmounted")
+    assert open_source(tmp_path).left_out == (
+        "14 files: 10 .heic, 2 without extension, 1 .txt, 1 linked to nowhere"
+    )
+    tree(tmp_path, *(f"many/x.{i}" for i in range(20)))
+    assert open_source(tmp_path).left_out.endswith("1 .13, 16 of other kinds")
+    (tmp_path / "phone").mkdir()
+    tree(tmp_path / "phone", "1.heic")
+    with pytest.raises(UserError, match=r"holds no image \(.*\), only 1 file: 1 \.heic"):
+        open_source(tmp_path / "phone")
+
+
+def test_what_cannot_be_read_as_a_file_is_no_image_and_nothing_waits_for_it(tmp_path):
+    tree(tmp_path, "1.jpg")
+    os.mkfifo(tmp_path / "2.jpg")
+    (tmp_path / "3.jpg").symlink_to("3.jpg")
+    (tmp_path / "4.jpg").symlink_to("nowhere")
+    (tmp_path / "5.jpg").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(os.path.relpath(tmp_path / "6.jpg"))
+    source = open_source(tmp_path)
+    reasons = {2: "no regular file", 3: "Too many levels", 4: "a link to a file that is not there"}
+    reasons |= {5: "no regular file", 6: "no regular file"}
+    assert source.size == 6
+    for number, reason in reasons.items():
+        with pytest.raises(BrokenImageError, match=reason), guarded():
+            source.read(number - 1)
 
 
 def test_labels_can_be_declined(tmp_path):
@@ -466,7 +551,7 @@ def write_idx(path: Path, values: np.ndarray) -> None:
 
 
 def test_fashion_mnist_is_read_from_the_debian_package(tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "DEBIAN_FASHION_MNIST", tmp_path)
+    monkeypatch.setattr(sources, "DEBIAN_FASHION_MNIST", tmp_path)
     for stem, n in (("train", 6), ("t10k", 4)):
         write_idx(tmp_path / f"{stem}-images-idx3-ubyte.gz", np.full((n, 28, 28), n, np.uint8))
         write_idx(tmp_path / f"{stem}-labels-idx1-ubyte.gz", np.arange(n, dtype=np.uint8))
@@ -479,7 +564,7 @@ def test_fashion_mnist_is_read_from_the_debian_package(tmp_path, monkeypatch):
     assert (stored.mode, stored.height, stored.width, len(stored.data)) == (RAW, 28, 28, 2352)
 
 
-@pytest.mark.skipif(not images.DEBIAN_FASHION_MNIST.is_dir(), reason="no dataset-fashion-mnist")
+@pytest.mark.skipif(not sources.DEBIAN_FASHION_MNIST.is_dir(), reason="no dataset-fashion-mnist")
 def test_the_debian_package_holds_the_published_numbers():
     source = open_source("FashionMNIST", split="test")
     assert np.bincount(source.labels).tolist() == [1000] * 10

@@ -38,7 +38,8 @@ ROW = {package: number for number, row in enumerate(ROWS) for package in row}
 OWNERS = {
     "yaml": {"runtime.options"},
     "submitit": {"slurm.submit"},
-    "torchvision": {"data.images", "data.datasets", "finetune.augment"} | {"finetune.distillation"},
+    "torchvision": {"data.sources", "data.datasets", "finetune.augment"}
+    | {"finetune.distillation"},
     "numba": {"data.kernels", "data.loader", "data.batches"},
     "llvmlite": {"data.kernels"},
     "ffcv": {"data.kernels"},

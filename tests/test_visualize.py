@@ -271,7 +271,7 @@ def test_mistakes_are_one_line_that_says_what_to_do(checkpoint, photos, tmp_path
 
     (tmp_path / "notes.png").write_text("no image")
     assert "notes.png: cannot be read as an image" in fails(str(tmp_path / "notes.png"))
-    assert "nowhere.jpg: cannot be read as an image: [Errno 2] No such file" in fails(
+    assert "nowhere.jpg: cannot be read as an image: No such file" in fails(
         str(tmp_path / "nowhere.jpg")
     )
     write_beton(photo_tiles(tmp_path / "t", 1), tmp_path / "g.beton", channels=1, progress=False)

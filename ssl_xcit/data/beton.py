@@ -79,6 +79,7 @@ class Beton:
         modes: (N,) uint8: JPG = 0, or RAW = 1 (height × width × channels bytes).
         labels: (N,) int64, or None when the file has no field `label`.
         class_names: the name of each label, or None when unknown.
+        unlabelled: why there are no labels, or "" when unknown.
         channels: 3, unless our writer noted otherwise.
         checksums: (N,) uint32, CRC-32 of each image's bytes, or None in a file of stock ffcv.
         info: what our writer noted: source, options, counts; empty in a file of stock ffcv.
@@ -128,6 +129,7 @@ class Beton:
         self.channels: int = self.info.get("channels", 3)
         names = self.info.get("class_names")
         self.class_names: tuple[str, ...] | None = None if names is None else tuple(names)
+        self.unlabelled: str = self.info.get("source", "").partition("; labels: none, ")[2]
         self._check_samples(samples_end, table_start)
         if self.info:
             crc = index_crc(header, fields, self.data[fields_end:samples_end], table)

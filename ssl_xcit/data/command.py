@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from ssl_xcit.data.beton import Beton
-from ssl_xcit.data.images import DATASETS, JPG, RAW, is_harmless, jpeg_problem
+from ssl_xcit.data.images import JPG, RAW, is_harmless, jpeg_problem
+from ssl_xcit.data.sources import DATASETS
 from ssl_xcit.data.writer import in_order, write_beton
 from ssl_xcit.runtime.errors import UserError, exit_on_user_error
 
@@ -71,6 +72,8 @@ def describe(beton: Beton) -> str:
         lines.append(f"source      {beton.info['source']}")
         lines.append("options     " + ", ".join(f"{k} {v}" for k, v in options.items()))
         lines += [f"            {n:,} x {note}" for note, n in beton.info["notes"].items()]
+        if "left_out" in beton.info:
+            lines.append(f"left out    {beton.info['left_out']}")
         lines += [f"left out    {name}" for name in beton.info["broken"]]
     return "\n".join(lines)
 

@@ -1,28 +1,32 @@
 """The images of an evaluation, from a .beton file or from a folder, in the same batches.
 
 A folder is read by Pillow and torchvision's own transforms: slower than the loader, but the exact
-pixels behind published numbers. (Decoders of JPEGs differ by roundings.)
+pixels behind published numbers. (Decoders of JPEGs differ by roundings.) All else that a file may
+hold, such as 16 bits, becomes the pixels that `ssl_xcit.data.writer` stores.
 """
 
 import hashlib
-import io
 import itertools
+import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from jaxtyping import Int64, UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from ssl_xcit.data.batches import default_threads
 from ssl_xcit.data.beton import Beton
-from ssl_xcit.data.images import open_source
+from ssl_xcit.data.images import BrokenImageError, decode, guarded
 from ssl_xcit.data.loader import EvalLoader, labels_at, parts_of, rank_share
 from ssl_xcit.data.pixels import IMAGENET_MEAN, IMAGENET_STD
+from ssl_xcit.data.sources import open_source
 from ssl_xcit.data.views import EvalView
 from ssl_xcit.runtime.distributed import Distributed
 from ssl_xcit.runtime.errors import UserError
@@ -31,9 +35,11 @@ from ssl_xcit.runtime.errors import UserError
 class ImageFolder:
     """The images below a folder, with the attributes of a `Beton` that evaluations use.
 
-    Labels are the sorted names of the class folders, see `ssl_xcit.data.images.open_source`. Raises
-    UserError when there is no such folder, or no image in it.
+    Labels are the sorted names of the class folders, see `ssl_xcit.data.sources.open_source`, which
+    says what is refused by UserError. `left_out`: how many files are no images, by their kinds.
     """
+
+    unlabelled = ""
 
     def __init__(self, path: str | Path, channels: int = 3) -> None:
         self.path, self.channels = Path(path), channels
@@ -41,34 +47,40 @@ class ImageFolder:
         self.num_samples: int = self._source.size
         self.labels: Int64[np.ndarray, "n"] | None = self._source.labels
         self.class_names: tuple[str, ...] | None = self._source.class_names
+        self.unlabelled, self.left_out = self._source.unlabelled, self._source.left_out
 
     def __len__(self) -> int:
         return self.num_samples
 
     def fingerprint(self) -> str:
-        """SHA-256 of names, sizes, times of modification and labels of all files."""
+        """SHA-256 of names, sizes, times of modification and labels of all files.
+
+        Raises UserError that names a file which is not there.
+        """
         labels = [None] * self.num_samples if self.labels is None else self.labels.tolist()
         digest = hashlib.sha256()
         for index, label in enumerate(labels):
             name = self._source.name(index)
-            facts = (self.path / name).stat()
+            with self._naming(index), guarded():
+                facts = (self.path / name).stat()
             digest.update(f"{name} {facts.st_size} {facts.st_mtime_ns} {label}\n".encode())
         return digest.hexdigest()
 
-    def decode(self, index: int) -> Image.Image:
-        """An image as Pillow reads it, RGB, or gray if `channels` is 1.
+    def decode(self, index: int) -> UInt8[np.ndarray, "h w c"]:
+        """Pixels of an image, as a .beton written with mode raw holds them.
 
-        Raises UserError that names the file if Pillow cannot read it.
+        Raises UserError that names the file if it cannot be read.
         """
-        data = self._source.read(index)
+        with self._naming(index), guarded():
+            return decode(self._source.read(index), self.channels)
+
+    @contextmanager
+    def _naming(self, index: int) -> Iterator[None]:
         try:
-            with Image.open(io.BytesIO(data)) as image:
-                return image.convert("RGB" if self.channels == 3 else "L")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            yield
+        except BrokenImageError as error:
             name = self.path / self._source.name(index)
-            unknown = isinstance(error, UnidentifiedImageError)
-            reason = "no format that Pillow knows" if unknown else error
-            raise UserError(f"{name}: {reason}: mend the image, or remove it") from error
+            raise UserError(f"{name}: {error}: mend the image, or remove it") from error
 
 
 class FolderLoader:
@@ -122,8 +134,13 @@ class FolderLoader:
                 pool.shutdown(wait=True, cancel_futures=True)
 
     def _read(self, index: int) -> UInt8[np.ndarray, "c size size"]:
-        pixels = np.asarray(self._transform(self.images.decode(index)))
-        return np.atleast_3d(pixels).transpose(2, 0, 1)
+        pixels = self.images.decode(index)
+        if pixels.shape[2] == 3:
+            return np.asarray(self._transform(Image.fromarray(pixels))).transpose(2, 0, 1)
+        planes = (
+            Image.fromarray(plane) for plane in np.ascontiguousarray(pixels.transpose(2, 0, 1))
+        )
+        return np.stack([np.asarray(self._transform(plane)) for plane in planes])
 
 
 Images = Beton | ImageFolder
@@ -132,10 +149,16 @@ Images = Beton | ImageFolder
 def open_images(path: str | Path, channels: int = 3) -> Images:
     """The images at `path`: a folder's, else those of a .beton file.
 
-    `channels`: 3 (RGB) or 1 (gray), for a folder; a file has its own. Raises UserError as
+    `channels`: 3 (RGB), 1 (gray) or those of .npy files, for a folder; a file has its own. Says on
+    stderr, once over all ranks, which files of a folder are left out. Raises UserError as
     `ImageFolder` and `Beton` do.
     """
-    return ImageFolder(path, channels) if Path(path).is_dir() else Beton(path)
+    if not Path(path).is_dir():
+        return Beton(path)
+    images = ImageFolder(path, channels)
+    if images.left_out and not (dist.is_initialized() and dist.get_rank()):
+        print(f"{path}: left out {images.left_out}", file=sys.stderr)
+    return images
 
 
 def evaluation_loader(
@@ -153,14 +176,20 @@ def evaluation_loader(
     return EvalLoader(images, view, batch_size, **options)
 
 
+def require_labels(images: Images) -> None:
+    """Raise UserError that says why, unless the images are labelled."""
+    if images.labels is None:
+        reason = f" ({images.unlabelled})" if images.unlabelled else ""
+        raise UserError(
+            f"{images.path} has no labels{reason}, which this evaluation needs: take a folder with "
+            "one folder per class, or a file written from one"
+        )
+
+
 def check_datasets(train: Images, test: Images) -> None:
     """Raise UserError unless both are labelled and their labels mean the same classes."""
-    for images in (train, test):
-        if images.labels is None:
-            raise UserError(
-                f"{images.path} has no labels, which this evaluation needs in both: take a folder "
-                "with one folder per class, or a file written from one"
-            )
+    require_labels(train)
+    require_labels(test)
     if train.class_names and test.class_names and train.class_names != test.class_names:
         odd = sorted(set(train.class_names) ^ set(test.class_names)) or ["only their order"]
         raise UserError(

@@ -1,21 +1,20 @@
-"""Sources of images, and how each image becomes the JPEG bytes or pixels that are stored.
+"""How one image becomes pixels, and the JPEG bytes or pixels that are stored.
 
-`ssl_xcit.data.writer` puts them into a file.
+Folders (`ssl_xcit.data.datasets`) show the pixels that `ssl_xcit.data.writer` stores.
 """
 
 import ctypes
 import functools
-import gzip
 import io
-import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from jaxtyping import UInt8
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ssl_xcit.data.turbojpeg import load_turbojpeg
 from ssl_xcit.runtime.errors import UserError
@@ -29,141 +28,11 @@ MAX_BYTES = 1 << 31
 TINY = 64
 """Mode auto stores images up to this many pixels a side raw: a JPEG's tables take 600 bytes."""
 
-EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-EXTENSIONS += (".ppm", ".pgm", ".avif", ".jp2", ".npy")
-DATASETS = ("FashionMNIST", "CIFAR10", "CIFAR100")
-DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-
 KEPT = "JPEG bytes kept"
 ENCODED = "encoded as JPEG"
 EXTRANEOUS = "JPEG with extraneous bytes, perhaps damaged"
 
 TJPF_RGB, TJERR_WARNING = 0, 0
-
-
-@dataclass(frozen=True)
-class Source:
-    """Images to store: `read(i)` gives a file's bytes or (h, w[, c]) pixels, `name(i)` its name."""
-
-    size: int
-    read: Callable[[int], bytes | np.ndarray]
-    name: Callable[[int], str]
-    labels: np.ndarray | None
-    class_names: tuple[str, ...] | None
-    description: str
-
-
-def open_source(
-    source: str | Path,
-    labels: bool = True,
-    split: Literal["train", "test"] | None = None,
-    root: str | Path | None = None,
-) -> Source:
-    """A folder of images, or one of `DATASETS` by name; the arguments are those of `write_beton`.
-
-    Raises UserError: no such folder or dataset, nothing in it, or a download that failed.
-    """
-    if str(source) in DATASETS:
-        return _open_dataset(str(source), labels, split or "train", root)
-    if split is not None or root is not None:
-        raise UserError(
-            f"split and root are for {', '.join(DATASETS)}; of a folder give the split's own folder"
-        )
-    if not Path(source).is_dir():
-        raise UserError(f"{source}: expected a folder of images or one of {', '.join(DATASETS)}")
-    return _open_folder(Path(source), labels)
-
-
-def _open_folder(folder: Path, labels: bool) -> Source:
-    try:
-        files = list(_walk(str(folder), "", ()))
-        classes = sorted(e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] != ".")
-    except OSError as error:
-        raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
-    if not files:
-        raise UserError(f"{folder}: holds no image ({' '.join(EXTENSIONS)})")
-
-    outside = [name for name in files if name.count("/") != 1]
-    used = {name.split("/")[0] for name in files}
-    if not labels:
-        reason, classes = "none, as asked", None
-    elif outside:
-        reason = f"none, since {outside[0]} is not in a class folder directly under {folder}"
-        classes = None
-    elif len(used) < 2:
-        reason, classes = "none, since all images are in one folder", None
-    else:
-        empty = [name for name in classes if name not in used]
-        reason = f"{len(classes)} folder names" + (f", empty: {', '.join(empty)}" if empty else "")
-    numbers = None
-    if classes is not None:
-        number = {name: i for i, name in enumerate(classes)}
-        numbers = np.array([number[name.split("/")[0]] for name in files], np.int64)
-
-    return Source(
-        len(files),
-        lambda i: (folder / files[i]).read_bytes(),
-        files.__getitem__,
-        numbers,
-        None if classes is None else tuple(classes),
-        f"folder {folder}; labels: {reason}",
-    )
-
-
-def _walk(folder: str, prefix: str, ancestors: tuple[tuple[int, int], ...]) -> Iterator[str]:
-    """Image files below `folder` in sorted order, links followed, relative to the first folder."""
-    status = os.stat(folder)
-    identity = (status.st_dev, status.st_ino)
-    if identity in ancestors:  # a link to a folder that contains it
-        return
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from _walk(entry.path, f"{prefix}{entry.name}/", (*ancestors, identity))
-        elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
-            yield prefix + entry.name
-
-
-def _open_dataset(name: str, labels: bool, split: str, root: str | Path | None) -> Source:
-    import torchvision  # seconds to import, so only when it is needed
-
-    dataset = getattr(torchvision.datasets, name)
-    if name == "FashionMNIST" and root is None and DEBIAN_FASHION_MNIST.is_dir():
-        stem = {"train": "train", "test": "t10k"}[split]
-        pixels = _read_idx(DEBIAN_FASHION_MNIST / f"{stem}-images-idx3-ubyte.gz")
-        numbers = _read_idx(DEBIAN_FASHION_MNIST / f"{stem}-labels-idx1-ubyte.gz")
-        class_names = dataset.classes
-    else:
-        folder = "data" if root is None else root
-        try:
-            opened = dataset(folder, train=split == "train", download=True)
-        except (OSError, RuntimeError) as error:
-            raise UserError(
-                f"{name}: could not be read from or downloaded to {folder} "
-                f"({' '.join(str(error).split())}); give the folder that holds it with --root"
-            ) from error
-        pixels, numbers, class_names = opened.data, opened.targets, opened.classes
-    pixels = np.asarray(pixels)
-    return Source(
-        len(pixels),
-        pixels.__getitem__,
-        lambda i: f"{name} {split} {i}",
-        np.asarray(numbers, np.int64) if labels else None,
-        tuple(class_names) if labels else None,
-        f"{name} {split}; labels: {len(class_names) if labels else 'none, as asked'}",
-    )
-
-
-def _read_idx(path: Path) -> np.ndarray:
-    """A gzipped array of bytes in MNIST's IDX format: 0, 0, type 8, rank, sizes (u32), values."""
-    data = gzip.decompress(path.read_bytes())
-    assert data[:3] == b"\x00\x00\x08", path
-    shape = np.frombuffer(data, ">u4", data[3], offset=4)
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
-
-
-# Encoding: from one source item to the bytes that are stored
 
 
 @dataclass(frozen=True)
@@ -214,7 +83,37 @@ class Stored:
 
 
 class BrokenImageError(Exception):
-    """An input that cannot be stored; the message is the reason."""
+    """An input that is no image; the message is the reason."""
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """A context of reading or decoding one image: whatever it raises becomes BrokenImageError.
+
+    A file may trigger any bug of any decoder, and must be reported by its name. UserError stays.
+    """
+    try:
+        yield
+    except (UserError, BrokenImageError):
+        raise
+    except UnidentifiedImageError as error:  # its own message holds an address of memory
+        raise BrokenImageError("no format that Pillow knows") from error
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise BrokenImageError(reason) from error
+
+
+def decode(
+    item: bytes | np.ndarray, channels: int = 3, exif: Literal["ignore", "rotate"] = "ignore"
+) -> UInt8[np.ndarray, "h w c"]:
+    """Pixels of one image file's bytes, or of (h, w[, c]) pixels: those that `encode` stores.
+
+    Gray and RGB JPEGs and PNGs of 8 bits are as Pillow converts them. `channels` and `exif` are
+    those of `Encoding`. Raises as `encode` does.
+    """
+    opened = _opened(item)
+    rotate = exif == "rotate" and isinstance(opened, Image.Image) and _is_turned(opened)
+    return _pixels_of(opened, channels, rotate, [])
 
 
 def encode(item: bytes | np.ndarray, encoding: Encoding) -> Stored:
@@ -224,19 +123,15 @@ def encode(item: bytes | np.ndarray, encoding: Encoding) -> Stored:
     when libjpeg-turbo is missing.
     """
     notes: list[str] = []
-    if isinstance(item, bytes) and not item:
-        raise BrokenImageError("the file is empty")
-    if isinstance(item, bytes) and item.startswith(b"\x93NUMPY"):
-        item = np.load(io.BytesIO(item), allow_pickle=False)
-    is_jpeg = False
-    if isinstance(item, bytes):
-        image = Image.open(io.BytesIO(item))
-        is_jpeg = image.format in ("JPEG", "MPO")
-        turned = _is_turned(image)
+    opened = _opened(item)
+    is_jpeg, rotate = False, False
+    if isinstance(opened, Image.Image):
+        is_jpeg = opened.format in ("JPEG", "MPO")
+        turned = _is_turned(opened)
         rotate = turned and encoding.exif == "rotate"
         if turned:
             notes.append(f"EXIF orientation {'applied' if rotate else 'ignored'}")
-        size = image.height, image.width
+        size = opened.height, opened.width
         if is_jpeg and _is_plain_jpeg(item):
             if encoding.check == "full" and (problem := jpeg_problem(item, *size)):
                 if not is_harmless(problem):
@@ -245,27 +140,31 @@ def encode(item: bytes | np.ndarray, encoding: Encoding) -> Stored:
             same_pixels = encoding.stored_size(*size) == size and not rotate
             if same_pixels and encoding.channels == 3 and encoding.mode != "raw":
                 return Stored(item, *size, JPG, (*notes, KEPT))
-        item = _pixels_of(image, rotate, "L" if encoding.channels == 1 else "RGB", notes)
 
-    pixels = item[:, :, None] if item.ndim == 2 else item
-    if pixels.dtype != np.uint8 or pixels.ndim != 3:
-        raise BrokenImageError(f"expected uint8 (h, w, c), got {pixels.dtype} {pixels.shape}")
-    if pixels.shape[2] == 1 and encoding.channels == 3:
-        pixels = np.repeat(pixels, 3, axis=2)
-    if pixels.shape[2] != encoding.channels:
-        raise BrokenImageError(f"expected {encoding.channels} channels, got {pixels.shape[2]}")
+    pixels = _pixels_of(opened, encoding.channels, rotate, notes)
     height, width = encoding.stored_size(*pixels.shape[:2])
     if (height, width) != pixels.shape[:2]:
         notes.append("shrunk")
         pixels = _shrink(pixels, height, width)
-    if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE and pixels.nbytes <= MAX_BYTES):
-        raise BrokenImageError(f"{width} x {height} pixels are too few or too many")
+    if not (height <= MAX_SIDE and width <= MAX_SIDE and pixels.nbytes <= MAX_BYTES):
+        raise BrokenImageError(f"{width} x {height} pixels are too many")
     tiny = max(height, width) <= TINY and not is_jpeg
     if encoding.mode == "raw" or encoding.channels != 3 or (encoding.mode == "auto" and tiny):
         return Stored(pixels.tobytes(), height, width, RAW, tuple(notes))
     encoded = io.BytesIO()
     Image.fromarray(pixels).save(encoded, "JPEG", quality=encoding.quality)
     return Stored(encoded.getvalue(), height, width, JPG, (*notes, ENCODED))
+
+
+def _opened(item: bytes | np.ndarray) -> Image.Image | np.ndarray:
+    """The image in a file's bytes, not yet decoded, or the array in them."""
+    if isinstance(item, np.ndarray):
+        return item
+    if not item:
+        raise BrokenImageError("the file is empty")
+    if item.startswith(b"\x93NUMPY"):
+        return np.load(io.BytesIO(item), allow_pickle=False)
+    return Image.open(io.BytesIO(item))
 
 
 def _is_turned(image: Image.Image) -> bool:
@@ -278,8 +177,26 @@ def _is_turned(image: Image.Image) -> bool:
     return image.format != "TIFF" and orientation in range(2, 9)
 
 
-def _pixels_of(image: Image.Image, rotate: bool, mode: str, notes: list[str]) -> np.ndarray:
-    """8-bit pixels of the first frame, of mode L or RGB; what had to change goes to `notes`."""
+def _pixels_of(
+    opened: Image.Image | np.ndarray, channels: int, rotate: bool, notes: list[str]
+) -> UInt8[np.ndarray, "h w c"]:
+    """8-bit pixels of an image or array; what had to change goes to `notes`."""
+    if isinstance(opened, Image.Image):
+        opened = _converted(opened, rotate, "L" if channels == 1 else "RGB", notes)
+    pixels = opened[:, :, None] if opened.ndim == 2 else opened
+    if pixels.dtype != np.uint8 or pixels.ndim != 3:
+        raise BrokenImageError(f"expected uint8 (h, w, c), got {pixels.dtype} {pixels.shape}")
+    if pixels.shape[2] == 1 and channels == 3:
+        pixels = np.repeat(pixels, 3, axis=2)
+    if pixels.shape[2] != channels:
+        raise BrokenImageError(f"expected {channels} channels, got {pixels.shape[2]}")
+    if pixels.size == 0:
+        raise BrokenImageError(f"{pixels.shape[1]} x {pixels.shape[0]} pixels are too few")
+    return pixels
+
+
+def _converted(image: Image.Image, rotate: bool, mode: str, notes: list[str]) -> np.ndarray:
+    """8-bit pixels of the first frame, of mode L or RGB."""
     if image.format != "MPO" and getattr(image, "is_animated", False):
         notes.append("several frames, first one taken")
     if rotate:

@@ -21,11 +21,11 @@ from ssl_xcit.data.images import (
     KEPT,
     BrokenImageError,
     Encoding,
-    Source,
     Stored,
     encode,
-    open_source,
+    guarded,
 )
+from ssl_xcit.data.sources import Source, open_source
 from ssl_xcit.runtime.errors import UserError
 from ssl_xcit.runtime.files import new_file
 from ssl_xcit.runtime.processor import usable_cores
@@ -83,10 +83,12 @@ def write_beton(
         progress: report on stderr what is decided and found, with a progress bar on a terminal.
 
     Returns:
-        out, samples, bytes, classes, modes, notes (how many images had what), broken, seconds.
+        out, samples, bytes, classes, modes, notes (how many images had what), broken, left_out (how
+        many files of a folder are of other kinds), seconds.
 
     Raises:
-        UserError: bad arguments, nothing to store, broken images, or `out` cannot be written.
+        UserError: bad arguments, nothing to store, labels in doubt (see `open_source`), broken
+            images, or `out` cannot be written.
     """
     started = time.monotonic()
     encoding = Encoding(mode, max_side, short_side, quality, exif, channels, check)
@@ -105,6 +107,8 @@ def write_beton(
             "source": images.description,
             "options": {**asdict(encoding), "limit": limit, "seed": seed},
         }
+        if images.left_out:
+            info["left_out"] = images.left_out
         info |= _store_images(
             beton, images, chosen.tolist(), encoding, skip_broken, workers, progress
         )
@@ -118,6 +122,7 @@ def write_beton(
         "modes": {"jpg": jpg, "raw": beton.count - jpg},
         "notes": info["notes"],
         "broken": info["broken"],
+        "left_out": images.left_out,
         "seconds": time.monotonic() - started,
     }
 
@@ -139,14 +144,14 @@ def _store_images(
 
     def encoded(i: int) -> Stored | BrokenImageError:
         try:
-            return encode(images.read(i), encoding)
-        except UserError:
-            raise
-        # A file may trigger any bug of any decoder, and must be reported by its name
-        except Exception as error:
-            return BrokenImageError(str(error) or type(error).__name__)
+            with guarded():
+                return encode(images.read(i), encoding)
+        except BrokenImageError as error:
+            return error
 
     say(f"{len(chosen):,} images of {images.description}")
+    if images.left_out:
+        say(f"left out {images.left_out}")
     notes: Counter[str] = Counter()
     examples: dict[str, str] = {}
     broken: list[str] = []

@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from ssl_xcit.data.datasets import Images
+from ssl_xcit.data.datasets import Images, require_labels
+from ssl_xcit.data.sources import class_folders
 from ssl_xcit.runtime.errors import UserError
 
 # sha256 of ImageNet-1k's 1,000 WordNet numbers, sorted, joined by newlines
@@ -40,11 +41,7 @@ def class_order(images: Images, num_classes: int, classes: str | Path = "") -> C
 
     Raises UserError when labels and outputs cannot match; the message says what to do.
     """
-    if images.labels is None:
-        raise UserError(
-            f"{images.path} has no labels: take a folder with one folder per class, or a file "
-            "written from one"
-        )
+    require_labels(images)
     names = images.class_names
     if classes:
         return _by_names(images, num_classes, Path(classes))
@@ -118,7 +115,7 @@ def _read_names(source: Path) -> tuple[str, ...]:
     """All class names of a folder of class folders or of a text file, sorted."""
     try:
         if source.is_dir():
-            names = [e.name for e in source.iterdir() if e.is_dir() and e.name[0] != "."]
+            names = class_folders(source)
         else:
             lines = source.read_text(encoding="utf-8").splitlines()
             names = [line.split()[0] for line in lines if line.strip()]

@@ -13,13 +13,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Float64, Real, UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from ssl_xcit.data.beton import Beton
 from ssl_xcit.data.datasets import check_channels
-from ssl_xcit.data.images import open_source
+from ssl_xcit.data.images import BrokenImageError, decode, guarded
 from ssl_xcit.data.pixels import normalise
+from ssl_xcit.data.sources import open_source, read_file
 from ssl_xcit.evaluation.features import evaluating
 from ssl_xcit.evaluation.subject import Subject, checkpoint_subject
 from ssl_xcit.report.config import VisualizeConfig
@@ -132,17 +133,11 @@ def spread(count: int, limit: int) -> Real[np.ndarray, " k"]:
 
 def _decode(path: Path, channels: int) -> UInt8[np.ndarray, "h w c"]:
     """Pixels of an image file, in its EXIF orientation."""
-    if channels not in (1, 3):
-        raise UserError(
-            f"{path}: an image file has 1 or 3 channels, the network takes {channels}: give it a "
-            ".beton of such images"
-        )
     try:
-        with Image.open(path) as image:
-            turned = ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        with guarded():
+            return decode(read_file(path), channels, exif="rotate")
+    except BrokenImageError as error:
         raise UserError(f"{path}: cannot be read as an image: {error}") from error
-    return np.atleast_3d(np.asarray(turned))
 
 
 def seen_size(width: int, height: int, size: int, patch_size: int) -> tuple[int, int]:
