@@ -59,6 +59,7 @@ class Weights:
     step: int | None  # optimiser steps of a checkpoint; None for a file
     role: str  # teacher, student, model, model_ema, or backbone (without classifier)
     roles: list[str]  # all that there are
+    prefix: str  # what was asked for; "" where the names alone say where the network is
     format: str  # official, dino, dino_backbone, timm, mmpretrain, or ssl_xcit
     tensors: int  # of this network in the file, a projection head included
     ignored: list[str]  # entries of the file that only its training needs
@@ -98,7 +99,7 @@ class Weights:
         return model.eval()
 
 
-def read(path: Path | str, role: str = "", arch: str = "") -> Weights:
+def read(path: Path | str, role: str = "", arch: str = "", prefix: str = "") -> Weights:
     """The network in any supported file or folder, its tensors checked one by one.
 
     `path` is a run folder (its newest complete checkpoint), a checkpoint folder, or a file in any
@@ -107,7 +108,8 @@ def read(path: Path | str, role: str = "", arch: str = "") -> Weights:
 
     `role` chooses among several networks: "teacher" or "student", "model" or "model_ema"; "" takes
     the first. A file without teacher and student gives its first network for these two. `arch`, if
-    given, must be what the file holds.
+    given, must be what the file holds. `prefix`, such as "model.student.", is what the names of the
+    network's tensors begin with, where a file has several networks and no names that tell roles.
 
     Raises UserError for whatever is not an XCiT to the last tensor.
     """
@@ -119,12 +121,14 @@ def read(path: Path | str, role: str = "", arch: str = "") -> Weights:
         files = (path / name for name in ("model.safetensors", "pytorch_model.bin"))
         path = next((file for file in files if file.exists()), path)
     if path.is_file():
-        return identify(_read_file(path), path, role, arch)
+        return identify(_read_file(path, prefix), path, role, arch, prefix)
     checkpoint = _read_folder(path)
-    return identify(_contents(checkpoint), checkpoint.path, role, arch)
+    return identify(_contents(checkpoint, prefix), checkpoint.path, role, arch, prefix)
 
 
-def identify(contents: Contents, path: Path, role: str = "", arch: str = "") -> Weights:
+def identify(
+    contents: Contents, path: Path, role: str = "", arch: str = "", prefix: str = ""
+) -> Weights:
     """The network of `role` in `contents`, as `read` returns it; messages name `path`."""
     role = choose(contents, role, path)
     named = to_official(contents.networks[role], path)
@@ -150,6 +154,7 @@ def identify(contents: Contents, path: Path, role: str = "", arch: str = "") -> 
         step=contents.step,
         role=role,
         roles=list(contents.networks),
+        prefix=prefix,
         format="ssl_xcit" if ours else named.format,
         tensors=len(contents.networks[role]),
         ignored=contents.ignored,
@@ -255,13 +260,15 @@ def _read_folder(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def _contents(checkpoint: Checkpoint) -> Contents:
+def _contents(checkpoint: Checkpoint, prefix: str) -> Contents:
     groups, state = checkpoint.tensors, checkpoint.state
     networks = {role: groups[role] for role in ROLES if role in groups}
     if not networks:
         raise UserError(f"{checkpoint.path} holds no network but {listing(groups)}")
     center = groups.get("loss", {}).get("center")
     statistics = _statistics(checkpoint.path, state)
+    if prefix:
+        networks = unwrap(networks, checkpoint.path, prefix).networks
     return Contents(networks, center, [], True, state["step"], statistics)
 
 
@@ -278,7 +285,7 @@ def _statistics(folder: Path, state: dict) -> Statistics | None:
 # Files
 
 
-def _read_file(path: Path) -> Contents:
+def _read_file(path: Path, prefix: str = "") -> Contents:
     """The networks of a .safetensors, or of a .pth in torch's present or former container.
 
     Raises UserError for a file that is cut or damaged, or holds anything but tensors and plain
@@ -294,7 +301,7 @@ def _read_file(path: Path) -> Contents:
                 statistics = tuple(tuple(json.loads(facts[name])) for name in ("mean", "std"))
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise UserError(f"{path} is cut, damaged or no .safetensors: {error}") from error
-        contents = unwrap(state, path)
+        contents = unwrap(state, path, prefix)
         networks = contents.networks
         if len(networks) == 1 and path.stem in ROLES:
             networks = {path.stem: next(iter(networks.values()))}
@@ -310,7 +317,7 @@ def _read_file(path: Path) -> Contents:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for foreign, cut or unsafe files
         raise UserError(f"{path} cannot be read safely as a checkpoint: {_why(error)}") from error
-    return unwrap(content, path)
+    return unwrap(content, path, prefix)
 
 
 class _Inert:
