@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ssl_xcit.checkpoints.formats import CLASSIFIER, StateDict, to_mmpretrain, to_timm
 from ssl_xcit.checkpoints.read import Weights, read, read_linear_weights
+from ssl_xcit.checkpoints.tensor_file import sealed_metadata
 from ssl_xcit.models.xcit import build_xcit
 from ssl_xcit.runtime.errors import UserError, exit_on_user_error
 from ssl_xcit.runtime.files import make_folder, new_file
@@ -127,7 +128,7 @@ def _write_tensors(weights: Weights, to: str, file: BinaryIO) -> int:
             if not weights.statistics_assumed:
                 mean, std = weights.statistics
                 facts |= {"mean": json.dumps(mean), "std": json.dumps(std)}
-            file.write(save(content, metadata=facts))
+            file.write(save(content, metadata=sealed_metadata(content, facts)))
         else:
             known = to in ("official", "mmpretrain") and not weights.statistics_assumed
             mean, std = map(list, weights.statistics)

@@ -153,7 +153,8 @@ def _without_wrappers(
         if sorted(roles.values()) != ["student", "teacher"]:
             raise UserError(
                 f"{where} holds {len(places)} networks, {listing(places, 20)}, and no name says "
-                f"which is the teacher{_advice(state)}"
+                f"which is the teacher: choose by --prefix, such as --prefix {places[0]} "
+                "(--init_prefix for --init_from)"
             )
     # Of a `backbone` among others its head may be wanted, too
     prefixes = {re.sub(r"(?<=\.)backbone\.$", "", place): roles[place] for place in places}

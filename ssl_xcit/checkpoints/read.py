@@ -7,15 +7,21 @@ import argparse
 import functools
 import json
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PosixPath
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ssl_xcit.checkpoints.folder import Checkpoint, load_checkpoint, load_latest, read_json
+from ssl_xcit.checkpoints.folder import (
+    Checkpoint,
+    load_checkpoint,
+    load_latest,
+    read_json,
+    verify,
+)
 from ssl_xcit.checkpoints.formats import (
     CLASSIFIER,
     Contents,
@@ -26,6 +32,7 @@ from ssl_xcit.checkpoints.formats import (
     to_official,
     unwrap,
 )
+from ssl_xcit.checkpoints.tensor_file import read_tensors
 from ssl_xcit.data.pixels import imagenet_statistics
 from ssl_xcit.models.variants import VARIANTS
 from ssl_xcit.models.xcit import XCiT, build_xcit
@@ -292,32 +299,46 @@ def _read_file(path: Path, prefix: str = "") -> Contents:
     data; argparse.Namespace counts as plain.
     """
     if ".safetensors" in path.suffixes:  # .safetensors.tmp is one that is being written
+        beside = path.resolve().parent
+        ours = (beside / "state.json").exists()  # a checkpoint's own file
+        if ours and (beside / "manifest.json").exists():
+            verify(beside, path.resolve().name)
         try:
-            with safe_open(path, "pt") as file:
-                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                facts = file.metadata() or {}
+            state, facts = read_tensors(path)
             statistics = None
             if "mean" in facts:  # written by `convert`
                 statistics = tuple(tuple(json.loads(facts[name])) for name in ("mean", "std"))
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is cut, damaged or no .safetensors: {error}") from error
         contents = unwrap(state, path, prefix)
         networks = contents.networks
         if len(networks) == 1 and path.stem in ROLES:
             networks = {path.stem: next(iter(networks.values()))}
-        beside = path.resolve().parent / "state.json"
-        if statistics is None and beside.exists():  # a checkpoint's own file
-            statistics = _statistics(beside.parent, read_json(beside))
+        if statistics is None and ours:
+            statistics = _statistics(beside, read_json(beside / "state.json"))
         return contents._replace(networks=networks, ours=True, statistics=statistics)
     try:
         # DINO's full checkpoints carry their command line as an argparse.Namespace, with a Path in
         # it if submitit started them: plain data.
         inert = [(_Inert, name) for name in INERT]
         with torch.serialization.safe_globals([argparse.Namespace, PosixPath, *inert]):
+            _check_zip(path)
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for foreign, cut or unsafe files
         raise UserError(f"{path} cannot be read safely as a checkpoint: {_why(error)}") from error
     return unwrap(content, path, prefix)
+
+
+def _check_zip(path: Path) -> None:
+    """Raise ValueError if a torch zip differs from its own checksums, which torch never looks at.
+
+    A file saved without them (`torch.serialization.set_crc32_options`) has zeros there.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as file:
+        if any(entry.CRC for entry in file.infolist()) and (bad := file.testzip()):
+            raise ValueError(f"the checksum of {bad} differs from its content")
 
 
 class _Inert:

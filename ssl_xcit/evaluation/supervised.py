@@ -35,6 +35,7 @@ from ssl_xcit.runtime.distributed import Distributed
 from ssl_xcit.runtime.errors import UserError
 from ssl_xcit.runtime.files import write_text
 from ssl_xcit.runtime.precision import settled
+from ssl_xcit.runtime.sealed import read_sealed
 
 FILES = {".pth", ".pt", ".bin", ".safetensors"}
 
@@ -288,7 +289,7 @@ def _earlier_report(out: Path) -> tuple[dict, dict[str, dict]]:
     if not out.exists():
         return {}, {}
     try:
-        report = json.loads(out.read_text())
+        report = read_sealed(out)
         done = {entry["file"]: entry for entry in report["files"] if entry["status"] == "done"}
         return dict(report["settings"]), done
     except (OSError, ValueError, KeyError, TypeError) as error:
