@@ -21,6 +21,7 @@ def _entry_point(arch: str) -> object:
         num_classes: int | None = None,
         role: str = "teacher",
         drop_path_rate: float = 0.0,
+        prefix: str = "",
     ) -> _XCiT:
         from ssl_xcit.checkpoints.read import read
         from ssl_xcit.models.xcit import build_xcit
@@ -31,7 +32,7 @@ def _entry_point(arch: str) -> object:
         if not pretrained:
             classes = 1000 if num_classes is None else num_classes
             return build_xcit(arch, num_classes=classes, drop_path_rate=drop_path_rate)
-        weights = read(pretrained, role, arch)
+        weights = read(pretrained, role, arch, prefix)
         if num_classes not in (None, 0, weights.num_classes):
             raise UserError(
                 f"{weights.path} has {weights.num_classes or 'no'} classes, not {num_classes}: "
@@ -48,6 +49,7 @@ def _entry_point(arch: str) -> object:
             without a file any number (1000).
         role: which network of a file with several.
         drop_path_rate: for training on.
+        prefix: what the names of the network begin with, in a file of several.
 
     Returns the network in evaluation mode with `pretrained`, in training mode without. Raises
     UserError for a file that is not exactly this architecture.

@@ -46,14 +46,19 @@ def knn(**settings: Setting) -> dict:
     return evaluate_knn(config)
 
 
-def load(checkpoint: str | Path, role: str = "teacher", device: str = "auto") -> "Model":
+def load(
+    checkpoint: str | Path, role: str = "teacher", device: str = "auto", prefix: str = ""
+) -> "Model":
     """The backbone of a run folder (its newest checkpoint), or of a file in any known format.
 
     `role`: "teacher" or "student" of a pretraining, "model" or "model_ema" of a fine-tuning.
+    `prefix`: what the names of the network begin with, in a file of several: "model.student.".
     `device`: "cpu", "cuda", or "auto" for a GPU where there is one. Raises UserError for a
     checkpoint that is not an XCiT to the last tensor. Runs no code of the file.
     """
-    return Model(checkpoint_subject(checkpoint, role=role)).to(choose_device(device, 0))
+    return Model(checkpoint_subject(checkpoint, role=role, prefix=prefix)).to(
+        choose_device(device, 0)
+    )
 
 
 class Embedding(NamedTuple):

@@ -8,10 +8,21 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ssl_xcit.checkpoints.convert import convert
 from ssl_xcit.checkpoints.formats import to_timm
 from ssl_xcit.checkpoints.read import read
+from ssl_xcit.dino.config import TrainConfig
 from ssl_xcit.dino.head import DINOHead
+from ssl_xcit.dino.init_from import init_from
+from ssl_xcit.dino.loss import DINOLoss
+from ssl_xcit.dino.networks import dino_network
+from ssl_xcit.evaluation.config import KnnConfig, LinearConfig, SupervisedConfig
+from ssl_xcit.evaluation.subject import checkpoint_subject
+from ssl_xcit.finetune.config import FinetuneConfig
+from ssl_xcit.finetune.start import starting_point
 from ssl_xcit.models.xcit import build_xcit
+from ssl_xcit.report.config import VisualizeConfig
+from ssl_xcit.runtime.config import load_config
 from ssl_xcit.runtime.errors import UserError
 
 
@@ -97,6 +108,93 @@ def test_networks_whose_roles_are_not_clear_are_listed(tmp_path):
     torch.save(within(nano(1), "left.") | within(nano(2), "right."), path)
     with pytest.raises(UserError, match=r"holds 2 networks, left\., right\., and no name says"):
         read(path)
+
+
+@pytest.mark.parametrize(
+    ("container", "prefix"),
+    [
+        (lambda names: names, "right."),
+        (lambda names: names, "right"),
+        (lambda names: {"state_dict": names}, "right."),
+        (lambda names: {"state_dict": names}, "state_dict.right."),
+        (lambda names: {"state_dict": names, "queue": torch.ones(2)}, "right."),
+        (lambda names: {"net": names, "epoch": 3}, "net.right."),
+        (lambda names: {"net": {"both": names}}, "net.both.right."),
+    ],
+)
+def test_a_prefix_chooses_among_networks_whose_roles_are_not_clear(tmp_path, container, prefix):
+    path = tmp_path / "x.pth"
+    both = within(nano(1), "left.") | within(nano(2, 5), "right.module.")
+    torch.save(container(both), path)
+    with pytest.raises(UserError, match=r"--prefix \S*left\..*--init_prefix"):
+        read(path)
+    found = read(path, "teacher", prefix=prefix)
+    assert same(found.state, nano(2, 5))
+    assert found.prefix == prefix
+    assert any(name.endswith("left.") for name in found.ignored)
+    with pytest.raises(UserError, match=r"no tensor under --prefix wrong\.: .*left\., .*right\."):
+        read(path, prefix="wrong.")
+
+
+def test_a_prefix_within_each_of_two_roles_leaves_the_roles(tmp_path):
+    path = tmp_path / "x.pth"
+    roles = {"model": 1, "model_ema": 3}
+    torch.save(
+        {
+            role: within(nano(seed), "left.") | within(nano(seed + 1), "right.")
+            for role, seed in roles.items()
+        },
+        path,
+    )
+    for role, seed in roles.items():
+        assert same(read(path, role, prefix="right.").state, nano(seed + 1))
+
+
+def test_every_command_that_reads_weights_takes_a_prefix(tmp_path):
+    path = tmp_path / "x.pth"
+    torch.save(within(nano(1), "left.") | within(nano(2), "right."), path)
+    torch.save(nano(2), tmp_path / "y.pth")
+    found = checkpoint_subject(path, prefix="right.")
+    assert found.facts["prefix"] == "right."
+    assert same(found.backbone.state_dict(), nano(2))
+    assert "prefix" not in checkpoint_subject(tmp_path / "y.pth").facts
+    flags = ["--checkpoint", str(path), "--prefix", "right.", "--test", "x"]
+    learned = [*flags, "--train", "x"]
+    configs = [
+        load_config(KnnConfig, argv=learned),
+        load_config(LinearConfig, argv=[*learned, "--out", "x"]),
+        load_config(SupervisedConfig, argv=[*flags[:-2], "--data", "x"]),
+        load_config(VisualizeConfig, argv=[*flags[:-2], "--images", "x", "--out", "x"]),
+        load_config(
+            FinetuneConfig,
+            argv=["--init", "x", "--prefix", "right.", "--data", "x", "--test", "x", "--out", "x"],
+        ),
+    ]
+    assert [config.prefix for config in configs] == ["right."] * 5
+    given = ["--init_prefix", "right.", "--data", "x", "--out", "x", "--arch", "xcit_nano_12_p16"]
+    assert load_config(TrainConfig, argv=given).model.init_prefix == "right."
+    trained = build_xcit("xcit_nano_12_p16", num_classes=0).state_dict()
+    torch.save(within(nano(1), "left.") | within(trained, "right."), path)
+    convert(path, tmp_path / "one.pth", "official", prefix="right.")
+    assert same(read(tmp_path / "one.pth").state, trained)
+
+
+def test_a_pretraining_and_a_fine_tuning_start_from_the_network_of_the_prefix(tmp_path):
+    path = tmp_path / "x.pth"
+    torch.save(within(nano(1), "left.") | within(nano(2), "right."), path)
+    flags = ["--data", "x", "--out", "x"]
+    asked = [*flags, "--out_dim", "16", "--arch", "xcit_nano_12_p16"]
+    config = load_config(TrainConfig, argv=asked)
+    student, teacher = dino_network(config), dino_network(config)
+    loss = DINOLoss(16, 0.1, 0.9)
+    lines = init_from(path, "xcit_nano_12_p16", "all", student, teacher, loss, "right.")
+    assert same(teacher.backbone.state_dict(), nano(2))
+    assert same(student.backbone.state_dict(), nano(2))
+    assert "backbone of" in lines[0]
+    asked = ["--init", str(path), "--prefix", "right.", "--test", "x", *flags]
+    start = starting_point(load_config(FinetuneConfig, argv=asked), 3, 3)
+    assert torch.equal(start.network.cls_token, nano(2)["cls_token"])
+    assert start.facts["prefix"] == "right."
 
 
 def test_counts_of_batches_may_be_missing_or_floats(tmp_path):

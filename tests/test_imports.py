@@ -58,7 +58,7 @@ PLAIN_MODULES |= {"finetune.augment", "finetune.average"}
 PLAIN_MODULES |= {"finetune.distillation"}
 # Imported by every --help, so nothing heavy.
 LIGHT = {"runtime.errors", "runtime.processor", "runtime.options", "runtime.config"}
-LIGHT |= {"runtime.files", "runtime.provenance", "data.views"}
+LIGHT |= {"runtime.files", "runtime.sealed", "runtime.provenance", "data.views"}
 LIGHT |= {
     "training.config",
     "training.verdict",

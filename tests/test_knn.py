@@ -39,6 +39,7 @@ from ssl_xcit.models.xcit import build_xcit
 from ssl_xcit.runtime import distributed, precision
 from ssl_xcit.runtime.config import save_config
 from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.runtime.sealed import read_sealed
 from ssl_xcit.training.config import Run
 
 CPU = torch.device("cpu")
@@ -458,7 +459,7 @@ def test_the_result_is_printed_and_stored_with_all_that_decided_it(betons, run, 
     betons = (betons[0], seven)
     config = knn_config(betons, checkpoint=str(run), k=(2, 200), out=str(out))
     result = evaluate_knn(config)
-    stored = json.loads(out.read_text())
+    stored = read_sealed(out)
     assert stored == json.loads(json.dumps(result))
     assert [path.name for path in out.parent.iterdir()] == ["result.json"]
     assert stored["train"] == {"path": betons[0], "images": 40, "classes": 3}
@@ -703,7 +704,7 @@ def test_several_kinds_of_features_are_what_each_is_alone(betons, run, tmp_path)
     search = KnnConfig(load_features=str(folder), k=(1, 5))
     assert evaluate_knn(search)["accuracy"] == several["accuracy"]
     # a folder of a version that knew one kind
-    facts = json.loads((folder / "features.json").read_text()) | {"features": "cls"}
+    facts = read_sealed(folder / "features.json") | {"features": "cls"}
     (folder / "features.json").write_text(json.dumps(facts))
     assert evaluate_knn(search)["accuracy"] == alone[1]["accuracy"]
 

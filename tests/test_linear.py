@@ -43,6 +43,7 @@ from ssl_xcit.models.xcit import build_xcit
 from ssl_xcit.runtime import precision
 from ssl_xcit.runtime.config import save_config
 from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.runtime.sealed import read_sealed
 
 CPU = torch.device("cpu")
 ARCH = "xcit_nano_12_p16"
@@ -293,7 +294,7 @@ def test_a_classifier_that_is_not_what_was_stored_is_refused(tmp_path):
     (folder / "linear.json").write_text("{")
     refused("is damaged")
     save_classifier(folder, some_classifier())
-    facts = json.loads((folder / "linear.json").read_text())
+    facts = read_sealed(folder / "linear.json")
     (folder / "linear.json").write_text(json.dumps({**facts, "format": 2}))
     refused("format 2, this program reads up to 1")
     del facts["backbone"]
@@ -513,7 +514,7 @@ def test_the_fast_protocol_equals_scikit_learn_for_every_entry(betons, finished)
 
 def test_the_result_says_what_decided_it(betons, run, finished):
     result, out = finished
-    document = json.loads((out / "result.json").read_text())
+    document = read_sealed(out / "result.json")
     assert document == json.loads(json.dumps(result))
     assert document["checkpoint"] == str(run / "checkpoints" / "step_00000012")
     assert (document["role"], document["arch"], document["classes"]) == ("teacher", ARCH, 10)

@@ -43,6 +43,7 @@ from ssl_xcit.models.xcit import build_xcit
 from ssl_xcit.runtime.config import run_command
 from ssl_xcit.runtime.distributed import Distributed
 from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.runtime.sealed import read_sealed
 
 SHARED = Path(__file__).parents[2] / "shared"
 SEED_MODELS = SHARED / "fixtures" / "seed_models.json"
@@ -260,7 +261,7 @@ def test_the_list_shows_42_of_42_equal(capsys, tmp_path):
     text = capsys.readouterr().out
     assert "DIFFERENT" not in text
     assert "equal to the published integers: 42 of 42" in text
-    assert json.loads(out.read_text()) == result
+    assert read_sealed(out) == result
 
 
 @pytest.mark.usefixtures("_whole_networks")
@@ -333,7 +334,7 @@ def test_accuracy_is_that_of_timms_model_on_torchvisions_images(
     assert result["difference"]["top5"] == pytest.approx(result["top5"] - published[1])
     assert (result["format"], result["classes_checked_by"]) == ("official", "names")
     *text, line = capsys.readouterr().out.splitlines()
-    assert json.loads(line) == json.loads(out.read_text())
+    assert json.loads(line) == read_sealed(out)
     assert json.loads(line)["top1"] == expected[0]
     assert any(f"published {published[0]:.2f}, difference" in part for part in text)
     assert any("is not mmpretrain's file" in part for part in text)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ssl_xcit.checkpoints.formats import CLASSIFIER, StateDict, to_mmpretrain, to_timm
 from ssl_xcit.checkpoints.read import Weights, read, read_linear_weights
+from ssl_xcit.checkpoints.tensor_file import sealed_metadata
 from ssl_xcit.models.xcit import build_xcit
 from ssl_xcit.runtime.errors import UserError, exit_on_user_error
 from ssl_xcit.runtime.files import make_folder, new_file
@@ -65,6 +66,7 @@ def convert(
     *,
     role: str = "teacher",
     arch: str = "",
+    prefix: str = "",
     overwrite: bool = False,
 ) -> Converted:
     """Write the network that `ssl_xcit.checkpoints.read.read` finds in `source` as `to`.
@@ -83,7 +85,7 @@ def convert(
     packages = ("onnx", "onnxscript", "onnxruntime") if to == "onnx" else ()
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
         raise UserError(f"this needs {', '.join(missing)}: pip install {' '.join(missing)}")
-    original = read(source, role, arch)
+    original = read(source, role, arch, prefix)
     weights = dataclasses.replace(original, state=original.backbone) if to == "dino" else original
     left_out = [key for key in CLASSIFIER if key in original.state.keys() - weights.state.keys()]
     model = weights.build()
@@ -126,7 +128,7 @@ def _write_tensors(weights: Weights, to: str, file: BinaryIO) -> int:
             if not weights.statistics_assumed:
                 mean, std = weights.statistics
                 facts |= {"mean": json.dumps(mean), "std": json.dumps(std)}
-            file.write(save(content, metadata=facts))
+            file.write(save(content, metadata=sealed_metadata(content, facts)))
         else:
             known = to in ("official", "mmpretrain") and not weights.statistics_assumed
             mean, std = map(list, weights.statistics)
@@ -204,11 +206,11 @@ def _export(model: nn.Module, file: BinaryIO, to: str) -> Callable[[Tensor], Ten
 # What a file holds
 
 
-def describe(path: Path | str, role: str = "teacher") -> dict[str, str]:
+def describe(path: Path | str, role: str = "teacher", prefix: str = "") -> dict[str, str]:
     """Format, architecture, role, tensors and checksum of whatever can be read, as text."""
     path = Path(path)
     try:
-        weights = read(path, role)
+        weights = read(path, role, prefix=prefix)
     except UserError as error:
         try:
             weight, _ = read_linear_weights(path)
@@ -264,9 +266,8 @@ def _checksum(path: Path) -> str:
 
 
 def _convert_command(args: argparse.Namespace) -> None:
-    done = convert(
-        args.source, args.out, args.to, role=args.role, arch=args.arch, overwrite=args.overwrite
-    )
+    how = {name: getattr(args, name) for name in ("role", "arch", "prefix", "overwrite")}
+    done = convert(args.source, args.out, args.to, **how)
     found = done.weights
     classes = f"{found.num_classes} classes" if found.num_classes else "no classifier"
     print(f"{found.path}: {found.format}, {found.arch}, {found.role}, {classes}")
@@ -293,7 +294,7 @@ def _convert_command(args: argparse.Namespace) -> None:
 
 
 def _info_command(args: argparse.Namespace) -> None:
-    for name, value in describe(args.file, args.role).items():
+    for name, value in describe(args.file, args.role, args.prefix).items():
         print(f"{name:<14}{value}")
 
 
@@ -320,6 +321,11 @@ def _parser() -> argparse.ArgumentParser:
             default="teacher",
             choices=("teacher", "student", "model", "model_ema"),
             help="which of several networks (teacher; of a supervised training file, model)",
+        )
+        command.add_argument(
+            "--prefix",
+            default="",
+            help="what the names of the network begin with, if there are several: model.student.",
         )
     return parser
 

@@ -29,7 +29,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ssl_xcit.checkpoints.formats import StateDict
+from ssl_xcit.checkpoints.tensor_file import sealed_metadata
 from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.runtime.sealed import read_sealed, seal
 
 FORMAT = 1  # raised when an older reader could misread a newer folder
 
@@ -78,9 +80,10 @@ def save_checkpoint(
                 key: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
                 for key, tensor in group.items()
             }
-            save_file(plain, temporary / f"{name}.safetensors")
+            # Of its own, for whoever copies one file out of the folder
+            save_file(plain, temporary / f"{name}.safetensors", sealed_metadata(plain, {}))
         document = {"format": FORMAT, "step": step, "keep": keep, **state}
-        (temporary / "state.json").write_text(json.dumps(document, indent=1))
+        (temporary / "state.json").write_text(json.dumps(seal(document), indent=1))
         files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
         (temporary / "manifest.json").write_text(json.dumps({"files": files}, indent=1))
         for path in temporary.iterdir():
@@ -123,18 +126,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
     Raises UserError naming the file that is missing, cut or altered.
     """
-    files = _manifest(path)
-    for name, expected in files.items():
-        file = path / name
-        if not file.exists():
-            raise UserError(f"{path} is incomplete: {name} is missing")
-        if file.stat().st_size != expected.get("bytes"):
-            raise UserError(
-                f"{path} is damaged: {name} has {file.stat().st_size} bytes, "
-                f"its manifest says {expected.get('bytes')}"
-            )
-        if _fingerprint(file) != expected:
-            raise UserError(f"{path} is damaged: the sha256 of {name} differs from its manifest")
+    files = verify(path)
     state = read_json(path / "state.json")
     if state["format"] > FORMAT:
         raise UserError(
@@ -145,6 +137,28 @@ def load_checkpoint(path: Path) -> Checkpoint:
         Path(name).stem: load_file(path / name) for name in files if name.endswith(".safetensors")
     }
     return Checkpoint(path, tensors, state)
+
+
+def verify(path: Path, *names: str) -> dict[str, dict]:
+    """Check all files, or those of `names`, of a checkpoint folder against its manifest.
+
+    Returns the manifest. Raises UserError naming the file that is missing, cut or altered.
+    """
+    files = _manifest(path)
+    for name, expected in files.items():
+        if names and name not in names:
+            continue
+        file = path / name
+        if not file.exists():
+            raise UserError(f"{path} is incomplete: {name} is missing")
+        if file.stat().st_size != expected.get("bytes"):
+            raise UserError(
+                f"{path} is damaged: {name} has {file.stat().st_size} bytes, "
+                f"its manifest says {expected.get('bytes')}"
+            )
+        if _fingerprint(file) != expected:
+            raise UserError(f"{path} is damaged: the sha256 of {name} differs from its manifest")
+    return files
 
 
 def _manifest(path: Path) -> dict[str, dict]:
@@ -185,11 +199,12 @@ def _prune(folder: Path, keep_last: int) -> None:
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        return read_sealed(path)
     except OSError as error:
         raise UserError(f"{path.parent} is incomplete: {path.name} cannot be read") from error
     except ValueError as error:
-        raise UserError(f"{path.parent} is damaged: {path.name} is not JSON") from error
+        why = "is not JSON" if isinstance(error, json.JSONDecodeError) else f"is damaged ({error})"
+        raise UserError(f"{path.parent} is damaged: {path.name} {why}") from error
 
 
 def _fingerprint(path: Path) -> dict:

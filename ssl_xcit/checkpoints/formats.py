@@ -81,13 +81,18 @@ class Named(NamedTuple):
 # Containers
 
 
-def unwrap(content: object, path: object) -> Contents:
+def unwrap(content: object, path: object, prefix: str = "") -> Contents:
     """The networks in the content of a .pth: a state dict, or a dictionary of one or two of them.
 
-    Raises UserError (naming `path`) for anything else, and for unknown entries that hold tensors.
+    `prefix`: only tensors whose names begin with it belong to the network, see `_under`. Raises
+    UserError (naming `path`) for anything else, and for unknown entries that hold tensors.
     """
     if not isinstance(content, dict) or not content or not all(isinstance(k, str) for k in content):
         raise UserError(f"{path} holds no state dict but a {type(content).__name__}")
+    if prefix:
+        inner, others = _under(content, prefix, path)
+        found = unwrap(inner, f"{prefix} of {path}")
+        return found._replace(ignored=[*found.ignored, *others])
     if all(isinstance(value, Tensor) for value in content.values()):
         networks, ignored = _without_wrappers("", _tensors(content, path), path)
         return Contents(networks, None, ignored)
@@ -97,6 +102,7 @@ def unwrap(content: object, path: object) -> Contents:
         raise UserError(
             f"{path} holds {'no' if not families else 'more than one kind of'} network: its "
             f"entries are {listing(content)}; expected one of teacher, student, model, state_dict"
+            f"{_advice(content)}"
         )
     networks, ignored = {}, []
     for key, role in families[0].items():
@@ -112,7 +118,7 @@ def unwrap(content: object, path: object) -> Contents:
     if unknown:
         raise UserError(
             f"{path} has tensors in entries that are not known here: {listing(unknown)}; "
-            "remove them, or save the network alone"
+            f"remove them, or save the network alone{_advice(content)}"
         )
     loss = content.get("dino_loss")
     center = loss.get("center") if isinstance(loss, dict) else None
@@ -134,7 +140,7 @@ def _without_wrappers(
     each gets its role. Raises UserError if there are more, or if it is not clear which is which.
     """
     state = _rename(state, lambda key: key.replace("_orig_mod.", ""), where)
-    places = [key.removesuffix("cls_token") for key in state if re.search(r"(^|\.)cls_token$", key)]
+    places = _places(state)
     # DINO's own names and those of DistributedDataParallel are no wrappers, see `to_official`
     outer = [re.sub(r"^(module\.)?(.*?)(backbone\.)?$", r"\2", place) for place in places]
     if outer in ([], [""]):
@@ -146,8 +152,9 @@ def _without_wrappers(
         roles = {place: "teacher" if words.search(place) else "student" for place in places}
         if sorted(roles.values()) != ["student", "teacher"]:
             raise UserError(
-                f"{where} holds {len(places)} networks, {listing(places)}, and no name says which "
-                "is the teacher: save the one that you want alone"
+                f"{where} holds {len(places)} networks, {listing(places, 20)}, and no name says "
+                f"which is the teacher: choose by --prefix, such as --prefix {places[0]} "
+                "(--init_prefix for --init_from)"
             )
     # Of a `backbone` among others its head may be wanted, too
     prefixes = {re.sub(r"(?<=\.)backbone\.$", "", place): roles[place] for place in places}
@@ -157,6 +164,64 @@ def _without_wrappers(
     }
     left = {key.rpartition(".")[0] for key in state if not key.startswith(tuple(prefixes))}
     return networks, sorted(left)
+
+
+def _under(content: dict, prefix: str, path: object) -> tuple[dict, list[str]]:
+    """(the content with only what has names under `prefix`, without it; the other networks).
+
+    The prefix stands within the entries that hold networks, or begins with an entry's name. Raises
+    UserError if nothing has such a name, with those that networks have.
+    """
+    start = f"{prefix.replace('_orig_mod.', '').rstrip('.')}."
+
+    def within(tensors: StateDict) -> StateDict:
+        return {key.removeprefix(start): t for key, t in tensors.items() if key.startswith(start)}
+
+    entries = [entry for family in FAMILIES for entry in family if entry in content]
+    found = {entry: within(_flat(content[entry])) for entry in entries}
+    found = {entry: tensors for entry, tensors in found.items() if tensors}
+    # What stands beside the networks without tensors says no more than it did
+    beside = {key: value for key, value in content.items() if not _holds_tensors(value)}
+    beside |= {key: content[key] for key in ("dino_loss",) if key in content}
+    whole = _flat(content)
+    inner = found | beside if found else within(whole)
+    places = _places(whole)
+    if not inner:
+        known = (
+            f"its networks are under {listing(places, 20)}"
+            if places
+            else (f"its names are {listing(whole)}")
+        )
+        raise UserError(f"{path} has no tensor under --prefix {prefix}: {known}")
+    taken = (start, *(f"{entry}.{start}" for entry in found))
+    return inner, [place for place in places if not place.startswith(taken)]
+
+
+def _flat(value: object, name: str = "") -> StateDict:
+    """All tensors in nested dictionaries, by their dotted names, without torch.compile's part."""
+    if isinstance(value, Tensor):
+        return {name.replace("_orig_mod.", ""): value}
+    parts = value.items() if isinstance(value, Mapping) else ()
+    flat: StateDict = {}
+    for key, part in parts:
+        flat |= _flat(part, f"{name}.{key}" if name else str(key))
+    return flat
+
+
+def _places(names: Iterable[str]) -> list[str]:
+    """What stands before the names of each XCiT."""
+    return [key.removesuffix("cls_token") for key in names if re.search(r"(^|\.)cls_token$", key)]
+
+
+def _advice(content: dict) -> str:
+    """How to choose, for the end of a message; empty where there is no network to choose."""
+    places = [place for place in _places(_flat(content)) if place]
+    if not places:
+        return ""
+    return (
+        f": choose by --prefix, such as --prefix {places[0]} (--init_prefix for --init_from); "
+        f"there are {listing(places, 20)}"
+    )
 
 
 def _tensors(network: object, where: object) -> StateDict:
@@ -331,8 +396,8 @@ def _split_qkv(state: StateDict) -> StateDict:
     return split
 
 
-def listing(names: Iterable[str]) -> str:
-    """The first three names, and how many more there are."""
+def listing(names: Iterable[str], most: int = 3) -> str:
+    """The first `most` names, and how many more there are."""
     names = list(names)
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

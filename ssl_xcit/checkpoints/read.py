@@ -7,15 +7,21 @@ import argparse
 import functools
 import json
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PosixPath
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ssl_xcit.checkpoints.folder import Checkpoint, load_checkpoint, load_latest, read_json
+from ssl_xcit.checkpoints.folder import (
+    Checkpoint,
+    load_checkpoint,
+    load_latest,
+    read_json,
+    verify,
+)
 from ssl_xcit.checkpoints.formats import (
     CLASSIFIER,
     Contents,
@@ -26,6 +32,7 @@ from ssl_xcit.checkpoints.formats import (
     to_official,
     unwrap,
 )
+from ssl_xcit.checkpoints.tensor_file import read_tensors
 from ssl_xcit.data.pixels import imagenet_statistics
 from ssl_xcit.models.variants import VARIANTS
 from ssl_xcit.models.xcit import XCiT, build_xcit
@@ -59,6 +66,7 @@ class Weights:
     step: int | None  # optimiser steps of a checkpoint; None for a file
     role: str  # teacher, student, model, model_ema, or backbone (without classifier)
     roles: list[str]  # all that there are
+    prefix: str  # what was asked for; "" where the names alone say where the network is
     format: str  # official, dino, dino_backbone, timm, mmpretrain, or ssl_xcit
     tensors: int  # of this network in the file, a projection head included
     ignored: list[str]  # entries of the file that only its training needs
@@ -98,7 +106,7 @@ class Weights:
         return model.eval()
 
 
-def read(path: Path | str, role: str = "", arch: str = "") -> Weights:
+def read(path: Path | str, role: str = "", arch: str = "", prefix: str = "") -> Weights:
     """The network in any supported file or folder, its tensors checked one by one.
 
     `path` is a run folder (its newest complete checkpoint), a checkpoint folder, or a file in any
@@ -107,7 +115,8 @@ def read(path: Path | str, role: str = "", arch: str = "") -> Weights:
 
     `role` chooses among several networks: "teacher" or "student", "model" or "model_ema"; "" takes
     the first. A file without teacher and student gives its first network for these two. `arch`, if
-    given, must be what the file holds.
+    given, must be what the file holds. `prefix`, such as "model.student.", is what the names of the
+    network's tensors begin with, where a file has several networks and no names that tell roles.
 
     Raises UserError for whatever is not an XCiT to the last tensor.
     """
@@ -119,12 +128,14 @@ def read(path: Path | str, role: str = "", arch: str = "") -> Weights:
         files = (path / name for name in ("model.safetensors", "pytorch_model.bin"))
         path = next((file for file in files if file.exists()), path)
     if path.is_file():
-        return identify(_read_file(path), path, role, arch)
+        return identify(_read_file(path, prefix), path, role, arch, prefix)
     checkpoint = _read_folder(path)
-    return identify(_contents(checkpoint), checkpoint.path, role, arch)
+    return identify(_contents(checkpoint, prefix), checkpoint.path, role, arch, prefix)
 
 
-def identify(contents: Contents, path: Path, role: str = "", arch: str = "") -> Weights:
+def identify(
+    contents: Contents, path: Path, role: str = "", arch: str = "", prefix: str = ""
+) -> Weights:
     """The network of `role` in `contents`, as `read` returns it; messages name `path`."""
     role = choose(contents, role, path)
     named = to_official(contents.networks[role], path)
@@ -150,6 +161,7 @@ def identify(contents: Contents, path: Path, role: str = "", arch: str = "") -> 
         step=contents.step,
         role=role,
         roles=list(contents.networks),
+        prefix=prefix,
         format="ssl_xcit" if ours else named.format,
         tensors=len(contents.networks[role]),
         ignored=contents.ignored,
@@ -255,13 +267,15 @@ def _read_folder(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def _contents(checkpoint: Checkpoint) -> Contents:
+def _contents(checkpoint: Checkpoint, prefix: str) -> Contents:
     groups, state = checkpoint.tensors, checkpoint.state
     networks = {role: groups[role] for role in ROLES if role in groups}
     if not networks:
         raise UserError(f"{checkpoint.path} holds no network but {listing(groups)}")
     center = groups.get("loss", {}).get("center")
     statistics = _statistics(checkpoint.path, state)
+    if prefix:
+        networks = unwrap(networks, checkpoint.path, prefix).networks
     return Contents(networks, center, [], True, state["step"], statistics)
 
 
@@ -278,39 +292,53 @@ def _statistics(folder: Path, state: dict) -> Statistics | None:
 # Files
 
 
-def _read_file(path: Path) -> Contents:
+def _read_file(path: Path, prefix: str = "") -> Contents:
     """The networks of a .safetensors, or of a .pth in torch's present or former container.
 
     Raises UserError for a file that is cut or damaged, or holds anything but tensors and plain
     data; argparse.Namespace counts as plain.
     """
     if ".safetensors" in path.suffixes:  # .safetensors.tmp is one that is being written
+        beside = path.resolve().parent
+        ours = (beside / "state.json").exists()  # a checkpoint's own file
+        if ours and (beside / "manifest.json").exists():
+            verify(beside, path.resolve().name)
         try:
-            with safe_open(path, "pt") as file:
-                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                facts = file.metadata() or {}
+            state, facts = read_tensors(path)
             statistics = None
             if "mean" in facts:  # written by `convert`
                 statistics = tuple(tuple(json.loads(facts[name])) for name in ("mean", "std"))
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is cut, damaged or no .safetensors: {error}") from error
-        contents = unwrap(state, path)
+        contents = unwrap(state, path, prefix)
         networks = contents.networks
         if len(networks) == 1 and path.stem in ROLES:
             networks = {path.stem: next(iter(networks.values()))}
-        beside = path.resolve().parent / "state.json"
-        if statistics is None and beside.exists():  # a checkpoint's own file
-            statistics = _statistics(beside.parent, read_json(beside))
+        if statistics is None and ours:
+            statistics = _statistics(beside, read_json(beside / "state.json"))
         return contents._replace(networks=networks, ours=True, statistics=statistics)
     try:
         # DINO's full checkpoints carry their command line as an argparse.Namespace, with a Path in
         # it if submitit started them: plain data.
         inert = [(_Inert, name) for name in INERT]
         with torch.serialization.safe_globals([argparse.Namespace, PosixPath, *inert]):
+            _check_zip(path)
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for foreign, cut or unsafe files
         raise UserError(f"{path} cannot be read safely as a checkpoint: {_why(error)}") from error
-    return unwrap(content, path)
+    return unwrap(content, path, prefix)
+
+
+def _check_zip(path: Path) -> None:
+    """Raise ValueError if a torch zip differs from its own checksums, which torch never looks at.
+
+    A file saved without them (`torch.serialization.set_crc32_options`) has zeros there.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as file:
+        if any(entry.CRC for entry in file.infolist()) and (bad := file.testzip()):
+            raise ValueError(f"the checksum of {bad} differs from its content")
 
 
 class _Inert:

@@ -83,6 +83,8 @@ class Model:
     """Channels of an image."""
     init_from: str = ""
     """Initial weights: a full checkpoint (ours or DINO's) or a backbone in any format."""
+    init_prefix: str = ""
+    """What the names of the network begin with, if init_from has several: model.student."""
     init_parts: Literal["all", "backbone"] = "all"
     """Load from init_from the backbone, head and center (if present), or only the backbone."""
 

@@ -20,19 +20,21 @@ def init_from(
     student: MultiCropWrapper,
     teacher: MultiCropWrapper,
     dino_loss: DINOLoss,
+    prefix: str = "",
 ) -> list[str]:
     """Load `path` into student, teacher and centre; returns lines that say what was loaded.
 
     `path` is anything `ssl_xcit.checkpoints.read.read` reads. From a full checkpoint, ours or
     DINO's, each network gets its own weights; from a backbone both networks start. With "all", a
     head and a centre in the file are loaded too, and must fit; "backbone" leaves them out.
+    `prefix`: see `read`; both networks get the one that it names.
 
     Raises UserError for another architecture, and for tensors that do not fit.
     """
     lines = []
     left_out = " (the file's is left out)"
     for role, network in (("student", student), ("teacher", teacher)):
-        weights = read(path, role)
+        weights = read(path, role, prefix=prefix)
         if weights.arch != arch:
             raise UserError(f"--init_from {path} is a {weights.arch}, this run trains a {arch}")
         _fit(network.backbone, weights.backbone, f"{path}: backbone")

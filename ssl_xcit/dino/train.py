@@ -118,7 +118,9 @@ class Pretraining(Task):
         if not model.init_from:
             return []
         networks = self.bare_model, self.teacher, self.dino_loss
-        return init_from(model.init_from, self.config.arch, model.init_parts, *networks)
+        return init_from(
+            model.init_from, self.config.arch, model.init_parts, *networks, model.init_prefix
+        )
 
     def hyperparameters(self, step: int) -> dict[str, float]:
         """Values of the schedules at `step`."""

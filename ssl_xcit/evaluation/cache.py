@@ -13,15 +13,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ssl_xcit.checkpoints.tensor_file import checksum, read_tensors
 from ssl_xcit.data.datasets import Images
 from ssl_xcit.evaluation.features import Extraction, Features
 from ssl_xcit.runtime import distributed
 from ssl_xcit.runtime.errors import UserError
 from ssl_xcit.runtime.files import make_folder, new_file
+from ssl_xcit.runtime.sealed import read_sealed, seal, unseal
 
 PART = 65_536  # images: minutes of a GPU, and at 384 float32 each 100 MB
 
@@ -68,10 +70,12 @@ def cached_features(
 def load_facts(folder: Path) -> dict:
     """The content of features.json. Raises UserError if the features are not complete."""
     try:
-        facts = json.loads((folder / "features.json").read_text())
-    except (OSError, ValueError) as error:
+        facts = read_sealed(folder / "features.json")
+        facts["features"], facts["train"]["images"], facts["test"]["images"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{folder} holds no complete features: make them with --save-features {folder}"
+            f"{folder} holds no complete features ({error}): make them with "
+            f"--save-features {folder}"
         ) from error
     if isinstance(facts["features"], str):  # older folders hold one kind
         facts["features"] = [facts["features"]]
@@ -83,7 +87,11 @@ def load_features(folder: Path, name: str) -> dict[str, Features]:
     files = sorted(folder.glob(f"{name}-*.safetensors"))
     if not files:
         raise UserError(f"{folder} holds no features of {name}")
-    return _joined([_read(file, None) for file in files])
+    found = _joined([_read(file, None) for file in files])
+    count, wanted = len(next(iter(found.values())).labels), load_facts(folder)[name]["images"]
+    if count != wanted:
+        raise UserError(f"{folder} holds features of {count:,} of the {wanted:,} images of {name}")
+    return found
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
@@ -103,7 +111,9 @@ def _write(file: Path, found: dict[str, Features], facts: dict) -> None:
     make_folder(file.parent)
     try:
         with new_file(file) as opened:
-            save_file(tensors, opened.name, {"facts": json.dumps(facts)})
+            # In one entry: of several, safetensors draws the order, and the bytes would differ
+            sealed = seal({**facts, "checksum": checksum(tensors, {})})
+            save_file(tensors, opened.name, {"facts": json.dumps(sealed)})
     except SafetensorError as error:
         raise UserError(f"{file}: cannot be written: {error}") from error
 
@@ -111,11 +121,12 @@ def _write(file: Path, found: dict[str, Features], facts: dict) -> None:
 def _read(file: Path, facts: dict | None) -> dict[str, Features]:
     """One part. Raises UserError if it is damaged, or was not made as `facts` say (None: any)."""
     try:
-        with safe_open(file, "pt") as content:
-            stored = json.loads((content.metadata() or {}).get("facts", "{}"))
-            tensors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
+        tensors, metadata = read_tensors(file)
+        stored = unseal(json.loads(metadata.get("facts", "{}")))
+        if stored.pop("checksum", None) not in (None, checksum(tensors, {})):
+            raise ValueError("its checksum differs from its content")
         labels, indices = tensors.pop("labels"), tensors.pop("indices")
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+    except (ValueError, KeyError) as error:
         raise UserError(f"{file} is damaged ({error}): remove it to make it again") from error
     if facts is not None and stored != facts:
         odd = [key for key in facts if stored.get(key) != facts[key]]

@@ -29,6 +29,8 @@ class FrozenConfig:
     """Baseline: the untrained network of --arch."""
     role: Literal["teacher", "student"] = "teacher"
     """Which network of a run."""
+    prefix: str = ""
+    """What the names of the network begin with, if the checkpoint has several: model.student."""
     features: tuple[Features, ...] = ("cls",)
     """Class token, mean patch token, both, or what enters the last n layers of class attention."""
     resize: int = 256
@@ -200,6 +202,8 @@ class SupervisedConfig:
     file with a name first in each line."""
     role: Literal["teacher", "student", "model", "model_ema"] = "teacher"
     """Which network of a checkpoint with several; teacher: the first one if it has no teacher."""
+    prefix: str = ""
+    """What the names of the network begin with, if the checkpoint has several: model.student."""
     batch_size: int = 128
     """Images per forward pass and rank."""
     num_workers: int = 0

@@ -172,7 +172,8 @@ class Extraction:
         self.view = EvalView(config.resize, config.crop, config.interpolation)
         self.subject: Subject | None = None
         if config.checkpoint:
-            self.subject = checkpoint_subject(config.checkpoint, config.arch, config.role)
+            how = (config.arch, config.role, config.prefix)
+            self.subject = checkpoint_subject(config.checkpoint, *how)
         elif config.random_init:
             in_chans = 3 if Path(images).is_dir() else Beton(images).channels
             self.subject = untrained_subject(config.arch, config.seed, in_chans)

@@ -4,7 +4,6 @@ The order matters. Everything is learnt and chosen from the training images and 
 folder before the test images are opened.
 """
 
-import json
 import time
 import zlib
 from collections.abc import Iterator, Mapping
@@ -36,6 +35,7 @@ from ssl_xcit.runtime.config import config_differences, read_config, save_config
 from ssl_xcit.runtime.distributed import Distributed
 from ssl_xcit.runtime.errors import UserError
 from ssl_xcit.runtime.precision import settled
+from ssl_xcit.runtime.sealed import read_sealed
 from ssl_xcit.training.run_folder import stored_precision
 
 FORMAT = 1  # of the output folder; raised when an older program could misread it
@@ -142,7 +142,7 @@ def _claim(out: Path, config: LinearConfig, subject: Subject, train: Images) -> 
         save_config(config, described)
         return
     try:
-        stored = json.loads((out / "linear_run.json").read_text())
+        stored = read_sealed(out / "linear_run.json")
     except (OSError, ValueError) as error:
         raise UserError(f"cannot use the folder {out}: {error}; choose another --out") from error
     differences = config_differences(read_config(LinearConfig, described), config)

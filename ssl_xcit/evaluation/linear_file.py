@@ -8,7 +8,6 @@ Ours is a folder of two files:
 """
 
 import hashlib
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ from ssl_xcit.checkpoints.read import read_linear_weights
 from ssl_xcit.evaluation.results import write_result
 from ssl_xcit.runtime.errors import UserError
 from ssl_xcit.runtime.files import make_folder, new_file
+from ssl_xcit.runtime.sealed import read_sealed
 
 FORMAT = 1  # raised when an older reader could misread a newer folder
 FACTS = {"features", "trained_on", "backbone", "class_names", "transform"}  # what readers rely on
@@ -71,7 +71,7 @@ def _read_ours(folder: Path) -> tuple[Tensor, Tensor, dict]:
         advice = " or ".join(map(str, found)) or "DINO's linear file, or a folder of eval/linear.py"
         raise UserError(f"no linear.json in {folder}: give {advice}")
     try:
-        facts = json.loads((folder / "linear.json").read_text())
+        facts = read_sealed(folder / "linear.json")
         content = (folder / "linear.safetensors").read_bytes()
         if facts["format"] > FORMAT:
             raise UserError(
@@ -86,5 +86,7 @@ def _read_ours(folder: Path) -> tuple[Tensor, Tensor, dict]:
             raise UserError(f"{folder / 'linear.json'} does not say {', '.join(sorted(missing))}")
         tensors = load(content)
         return tensors["weight"], tensors["bias"], facts
-    except (OSError, KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
+    except UserError:
+        raise
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder} is damaged: {error}: train the classifier again") from error

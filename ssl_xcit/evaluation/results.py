@@ -15,6 +15,7 @@ from ssl_xcit.data.views import EvalView
 from ssl_xcit.runtime import distributed
 from ssl_xcit.runtime.distributed import Distributed
 from ssl_xcit.runtime.files import write_text
+from ssl_xcit.runtime.sealed import seal
 
 
 class Result(NamedTuple):
@@ -98,5 +99,7 @@ def describe_subject(facts: dict) -> str:
 
 
 def write_result(result: dict, path: str | Path) -> None:
-    """Store `result` as JSON, complete or not at all. Raises UserError when the disk refuses."""
-    write_text(Path(path), json.dumps(result, indent=1) + "\n")
+    """Store `result` and its checksum as JSON, complete or not at all.
+
+    Raises UserError when the disk refuses."""
+    write_text(Path(path), json.dumps(seal(result), indent=1) + "\n")

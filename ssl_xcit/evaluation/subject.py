@@ -39,20 +39,23 @@ def untrained_subject(arch: str, seed: int, in_chans: int = 3) -> Subject:
     return Subject(backbone, *imagenet_statistics(in_chans), facts)
 
 
-def checkpoint_subject(checkpoint: str | Path, arch: str = "", role: str = "teacher") -> Subject:
+def checkpoint_subject(
+    checkpoint: str | Path, arch: str = "", role: str = "teacher", prefix: str = ""
+) -> Subject:
     """The backbone in `checkpoint`: whatever `ssl_xcit.checkpoints.read.read` reads.
 
-    `arch`, if given, must be what the checkpoint holds. Raises UserError for a checkpoint that is
-    no backbone, or another one.
+    `arch`, if given, must be what the checkpoint holds. `prefix`: see `read`. Raises UserError for
+    a checkpoint that is no backbone, or another one.
     """
-    weights = read(checkpoint, role, arch)
+    weights = read(checkpoint, role, arch, prefix)
     return Subject(weights.build(classifier=False), *weights.statistics, origin(weights))
 
 
 def origin(weights: Weights) -> dict[str, str | int | None]:
     """The facts of a `Subject` that was read from a file.
 
-    "statistics": whether the file says by which mean and std its images are normalised.
+    "statistics": whether the file says by which mean and std its images are normalised. "prefix":
+    what was asked for, and absent where nothing was.
     """
     return NO_FACTS | {
         "source": "checkpoint",
@@ -61,4 +64,5 @@ def origin(weights: Weights) -> dict[str, str | int | None]:
         "role": weights.role,
         "arch": weights.arch,
         "statistics": "assumed" if weights.statistics_assumed else "known",
+        **({"prefix": weights.prefix} if weights.prefix else {}),
     }

@@ -35,6 +35,7 @@ from ssl_xcit.runtime.distributed import Distributed
 from ssl_xcit.runtime.errors import UserError
 from ssl_xcit.runtime.files import write_text
 from ssl_xcit.runtime.precision import settled
+from ssl_xcit.runtime.sealed import read_sealed
 
 FILES = {".pth", ".pt", ".bin", ".safetensors"}
 
@@ -118,7 +119,7 @@ def _read(
             "NAME (--list shows them), or for another checkpoint --resolution PIXELS"
         )
     view = evaluation_view(resolution, config.preprocess)
-    weights = read(path, config.role, model.arch if model else "")
+    weights = read(path, config.role, model.arch if model else "", config.prefix)
     if weights.num_classes == 0:
         raise UserError(
             f"{path} has no classifier: evaluate a backbone by eval/linear.py or eval/knn.py"
@@ -189,6 +190,7 @@ def _evaluate(candidate: Candidate, config: SupervisedConfig, ranks: Distributed
         "checkpoint": weights.path,
         "step": weights.step,
         "role": weights.role,
+        **({"prefix": weights.prefix} if weights.prefix else {}),
         "format": weights.format,
         "sha256": sha256,
         "published_file": sha256[:8] == model.sha8 if model and sha256 else None,
@@ -227,6 +229,7 @@ def _evaluate_folder(config: SupervisedConfig, ranks: Distributed) -> Result:
     settings = {
         "data": describe_images(images),
         **{key: getattr(config, key) for key in ("preprocess", "precision", "role", "classes")},
+        **({"prefix": config.prefix} if config.prefix else {}),
     }
     if before and before != json.loads(json.dumps(settings)):
         raise UserError(
@@ -286,7 +289,7 @@ def _earlier_report(out: Path) -> tuple[dict, dict[str, dict]]:
     if not out.exists():
         return {}, {}
     try:
-        report = json.loads(out.read_text())
+        report = read_sealed(out)
         done = {entry["file"]: entry for entry in report["files"] if entry["status"] == "done"}
         return dict(report["settings"]), done
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -196,6 +196,8 @@ class FinetuneConfig:
     role: Literal["teacher", "student", "model", "model_ema"] = "teacher"
     """Which network of --init: teacher or student of a pretraining; model or model_ema of a
     fine-tuning, where teacher means the one it reported."""
+    prefix: str = ""
+    """What the names of the network begin with, if the checkpoint has several: model.student."""
     seed: int = 0
     """Random seed of the whole run."""
     model: FinetuneModel = field(default_factory=FinetuneModel)

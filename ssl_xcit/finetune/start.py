@@ -28,7 +28,9 @@ def starting_point(config: FinetuneConfig, num_classes: int, in_chans: int) -> S
     The classifier is new, unless `keep_head`. Raises UserError for a checkpoint that is no XCiT or
     takes other images, and when the classifier to be kept has another number of classes.
     """
-    weights = None if config.from_scratch else read(config.init, config.role, config.arch)
+    weights = None
+    if not config.from_scratch:
+        weights = read(config.init, config.role, config.arch, config.prefix)
     arch = config.arch if weights is None else weights.arch
     torch.manual_seed(config.seed)  # the same initial weights on every rank
     network = build_xcit(

@@ -42,6 +42,8 @@ class VisualizeConfig:
     """Architecture, if the checkpoint does not name it."""
     role: Literal["teacher", "student", "model", "model_ema"] = "teacher"
     """Which weights to read if a checkpoint has several; without a teacher, its first."""
+    prefix: str = ""
+    """What the names of the network begin with, if the checkpoint has several: model.student."""
     device: Device = "auto"
     """auto takes the GPU if there is one."""
     precision: Precision = "auto"

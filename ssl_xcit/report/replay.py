@@ -20,7 +20,7 @@ from ssl_xcit.checkpoints import folder as checkpoint
 from ssl_xcit.dino.config import TrainConfig
 from ssl_xcit.dino.train import Pretraining
 from ssl_xcit.finetune.train import Finetuning
-from ssl_xcit.report.runs import read_json, read_run
+from ssl_xcit.report.runs import read_facts, read_run
 from ssl_xcit.runtime import distributed
 from ssl_xcit.runtime.errors import UserError, exit_on_user_error
 from ssl_xcit.training.saving import restore
@@ -37,7 +37,7 @@ def replay(run: Path) -> Iterator[dict]:
         raise UserError(f"{run} holds no bad step: {why}")
     config = read_run(run)
     # In this one process as many micro-batches as all ranks had
-    global_batch = read_json(run / "run.json")["global_batch"]
+    global_batch = read_facts(run)["global_batch"]
     micro_batches = global_batch // config.optim.batch_size_per_gpu
     optim = dataclasses.replace(config.optim, accumulation_steps=micro_batches)
     method = Pretraining if isinstance(config, TrainConfig) else Finetuning

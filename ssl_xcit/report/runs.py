@@ -15,10 +15,10 @@ The states:
 """
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,6 +30,7 @@ from ssl_xcit.runtime import options
 from ssl_xcit.runtime.config import read_config
 from ssl_xcit.runtime.errors import UserError, exit_on_user_error
 from ssl_xcit.runtime.files import read_metrics, write_text
+from ssl_xcit.runtime.sealed import read_sealed
 from ssl_xcit.training.verdict import Verdict
 
 Config = TrainConfig | FinetuneConfig
@@ -54,8 +55,18 @@ def read_run(run: Path) -> Config:
     """The configuration of a run folder. Raises UserError if it is not one."""
     if not (run / "config.yaml").is_file() or not (run / "run.json").is_file():
         raise UserError(f"{run} is not a run folder: expected config.yaml and run.json in it")
-    fine_tuning = read_json(run / "run.json").get("kind") == "fine-tuning"
+    fine_tuning = read_facts(run).get("kind") == "fine-tuning"
     return read_config(FinetuneConfig if fine_tuning else TrainConfig, run / "config.yaml")
+
+
+def read_facts(run: Path) -> dict:
+    """The content of run.json. Raises UserError if it is damaged."""
+    try:
+        return read_sealed(run / "run.json")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{run}/run.json cannot be read ({error}): copy it from a backup"
+        ) from error
 
 
 def read_verdict(run: Path) -> Verdict:
@@ -67,12 +78,17 @@ def read_verdict(run: Path) -> Verdict:
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object in a file; {} if the file is missing, incomplete or something else."""
+    """The JSON object in a file; {} if the file is missing, incomplete or something else.
+
+    stderr says of a file that is there why it is left out.
+    """
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
+        return read_sealed(path)
+    except OSError:
         return {}
-    return found if isinstance(found, dict) else {}
+    except ValueError as error:
+        print(f"{path}: left out: {error}", file=sys.stderr)
+        return {}
 
 
 def describe_run(run: Path, states: dict[str, str]) -> dict[str, str]:

@@ -67,7 +67,7 @@ def visualize(config: VisualizeConfig) -> list[Path]:
 
 
 def _visualize(config: VisualizeConfig, device: torch.device) -> list[Path]:
-    subject = checkpoint_subject(config.checkpoint, config.arch, config.role)
+    subject = checkpoint_subject(config.checkpoint, config.arch, config.role, config.prefix)
     subject.backbone.to(device)
     pictures = read_pictures(config.images, subject.in_chans, config.limit)
     looks: Iterable[Look] = (

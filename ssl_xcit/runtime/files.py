@@ -3,12 +3,14 @@
 import fcntl
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from ssl_xcit.runtime.errors import UserError
+from ssl_xcit.runtime.sealed import unseal
 
 
 @contextmanager
@@ -83,11 +85,24 @@ def _is_ours(file: BinaryIO, path: Path) -> bool:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl, [] if there is no file; a line cut off by a kill is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    """The rows of a metrics.jsonl, [] if there is no file.
+
+    A last line cut off by a kill is left out. So is any damaged line, and stderr says which: the
+    rows after it are whole.
+    """
+    rows, damaged = [], []
+    content = path.read_bytes() if path.exists() else b""
+    lines = content.splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
+            row = unseal(json.loads(line.decode()))
+            if not isinstance(row.get("step"), int):
+                raise ValueError("no step")
+            rows.append(row)
         except ValueError:
-            break
+            if number < len(lines) or line.endswith(b"\n"):
+                damaged.append(str(number))
+    if damaged:
+        which = f"line{'s' if len(damaged) > 1 else ''} {', '.join(damaged)}"
+        print(f"{path}: {which} damaged, left out", file=sys.stderr)
     return rows

@@ -13,10 +13,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ssl_xcit.runtime.files import read_metrics, write_text
+from ssl_xcit.runtime.sealed import seal
 
 
 class MetricsWriter:
     """Appends rows to `path`, one flat JSON object per line; each step occurs once.
+
+    The last entry of a row, "crc32", is the row's checksum, see `ssl_xcit.runtime.sealed`.
 
     Rows from `first_step` on were left by an attempt that died after its last checkpoint, perhaps
     with an incomplete last line. They are dropped because these steps are about to be repeated.
@@ -45,7 +48,7 @@ def _line(row: dict) -> str:
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in row.items()
     }
-    return json.dumps(clean) + "\n"
+    return json.dumps(seal(clean)) + "\n"
 
 
 class RunningMeans:

@@ -16,6 +16,7 @@ from ssl_xcit.runtime.files import make_folder, write_text
 from ssl_xcit.runtime.options import read_tree
 from ssl_xcit.runtime.processor import usable_cores
 from ssl_xcit.runtime.provenance import commit
+from ssl_xcit.runtime.sealed import read_sealed, seal
 from ssl_xcit.training.config import TaskConfig
 
 RUN_FORMAT = 1  # of the run folder's layout; raised when an older program could misread it
@@ -32,19 +33,21 @@ def claim_folder(out: Path, kind: str, config: TaskConfig, global_batch: int) ->
         _check_owner(out, kind, config, global_batch)
     else:
         facts = {"format": RUN_FORMAT, "kind": kind, "global_batch": global_batch}
-        write_text(out / "run.json", json.dumps(facts) + "\n")
+        write_text(out / "run.json", json.dumps(seal(facts)) + "\n")
         save_config(config, out / "config.yaml")
     started = datetime.now(UTC).isoformat(timespec="seconds")
     environment = {"command": sys.argv, "started": started, **host(), **versions()}
-    write_text(out / "environment.json", json.dumps(environment, indent=1) + "\n")
+    write_text(out / "environment.json", json.dumps(seal(environment), indent=1) + "\n")
 
 
 def _check_owner(out: Path, kind: str, config: TaskConfig, global_batch: int) -> None:
     """Raise UserError unless the run in `out` is of this kind and configuration."""
     try:
-        run = json.loads((out / "run.json").read_text())
+        run = read_sealed(out / "run.json")
+        if lacking := {"format", "global_batch"} - run.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
     except (OSError, ValueError) as error:
-        raise UserError(f"{out}/run.json cannot be read: choose another --out") from error
+        raise UserError(f"{out}/run.json cannot be read ({error}): choose another --out") from error
     if run["format"] > RUN_FORMAT:
         raise UserError(
             f"{out} has run-folder format {run['format']}, this program reads up to "
