@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import forked
 import pytest
@@ -94,3 +95,23 @@ def test_alone_or_without_a_timeout_there_is_no_thread():
         with Watch(ranks, timeout) as watch:
             watch.at(1, "step 1")
             assert "watch" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_no_thread_outlives_the_watch(monkeypatch):
+    """One inside torch when the interpreter ends would abort the process."""
+
+    class SlowStore(dict):
+        """Answers as a store on a loaded machine does."""
+
+        def set(self, key, value):
+            time.sleep(0.3)
+            self[key] = value.encode()
+
+        def check(self, keys):
+            return all(key in self for key in keys)
+
+    monkeypatch.setattr(Watch, "_connect", lambda self: SlowStore())
+    with Watch(Distributed(0, 2, 0, torch.device("cpu")), timeout_s=0.04) as watch:
+        watch.at(1, "step 1")
+        time.sleep(0.1)  # the first report is under way
+    assert not [thread for thread in threading.enumerate() if thread.name == "watch"]

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from ssl_xcit.runtime.distributed import Distributed
 
 PATIENCE_S = 30.0  # how long the store may take to answer
+GOODBYE_S = 5.0  # how long a last report may take: rank 0 may have left, or be stopped
 
 
 class Watch(AbstractContextManager):
@@ -33,15 +34,19 @@ class Watch(AbstractContextManager):
         self._reports: list[str] = []
         self._heard = time.monotonic()
         self._ended = threading.Event()
+        self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> "Watch":
         if self.ranks.world_size > 1 and self.timeout_s > 0:
             for target in (self._report, self._judge):
-                threading.Thread(target=target, name="watch", daemon=True).start()
+                self._threads.append(threading.Thread(target=target, name="watch", daemon=True))
+                self._threads[-1].start()
         return self
 
     def __exit__(self, *_) -> None:
         self._ended.set()
+        for thread in self._threads:  # one inside torch would abort the interpreter's exit
+            thread.join(GOODBYE_S)
 
     def at(self, progress: int, activity: str) -> None:
         """Note that this rank has reached `progress`, a number that grows alike on all ranks.
