@@ -478,7 +478,7 @@ class Named(ImageFolder):
     """Images as far as their classes go."""
 
     def __init__(self, names, labels=None):
-        self.path = Path("val")
+        self.path, self.unlabelled = Path("val"), ""
         self.class_names = None if names is None else tuple(names)
         self.labels = np.arange(len(names)) if labels is None else labels
 

@@ -18,12 +18,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from jaxtyping import Int64, UInt8
-from PIL import Image
 from torch import Tensor
 
 from ssl_xcit.data.batches import default_threads
 from ssl_xcit.data.beton import Beton
-from ssl_xcit.data.images import BrokenImageError, decode, guarded
+from ssl_xcit.data.images import BrokenImageError, by_pillow, decode, guarded
 from ssl_xcit.data.loader import EvalLoader, labels_at, parts_of, rank_share
 from ssl_xcit.data.pixels import IMAGENET_MEAN, IMAGENET_STD
 from ssl_xcit.data.sources import open_source
@@ -38,8 +37,6 @@ class ImageFolder:
     Labels are the sorted names of the class folders, see `ssl_xcit.data.sources.open_source`, which
     says what is refused by UserError. `left_out`: how many files are no images, by their kinds.
     """
-
-    unlabelled = ""
 
     def __init__(self, path: str | Path, channels: int = 3) -> None:
         self.path, self.channels = Path(path), channels
@@ -134,13 +131,7 @@ class FolderLoader:
                 pool.shutdown(wait=True, cancel_futures=True)
 
     def _read(self, index: int) -> UInt8[np.ndarray, "c size size"]:
-        pixels = self.images.decode(index)
-        if pixels.shape[2] == 3:
-            return np.asarray(self._transform(Image.fromarray(pixels))).transpose(2, 0, 1)
-        planes = (
-            Image.fromarray(plane) for plane in np.ascontiguousarray(pixels.transpose(2, 0, 1))
-        )
-        return np.stack([np.asarray(self._transform(plane)) for plane in planes])
+        return by_pillow(self.images.decode(index), self._transform).transpose(2, 0, 1)
 
 
 Images = Beton | ImageFolder

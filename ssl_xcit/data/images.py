@@ -7,7 +7,7 @@ import ctypes
 import functools
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -145,7 +145,9 @@ def encode(item: bytes | np.ndarray, encoding: Encoding) -> Stored:
     height, width = encoding.stored_size(*pixels.shape[:2])
     if (height, width) != pixels.shape[:2]:
         notes.append("shrunk")
-        pixels = _shrink(pixels, height, width)
+        pixels = by_pillow(
+            pixels, lambda image: image.resize((width, height), Image.Resampling.BICUBIC)
+        )
     if not (height <= MAX_SIDE and width <= MAX_SIDE and pixels.nbytes <= MAX_BYTES):
         raise BrokenImageError(f"{width} x {height} pixels are too many")
     tiny = max(height, width) <= TINY and not is_jpeg
@@ -220,15 +222,14 @@ def _converted(image: Image.Image, rotate: bool, mode: str, notes: list[str]) ->
     return np.array(image.convert(mode))
 
 
-def _shrink(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Pillow's antialiased bicubic resampling, channel by channel unless it is RGB."""
+def by_pillow(
+    pixels: UInt8[np.ndarray, "h w c"], transform: Callable[[Image.Image], Image.Image]
+) -> UInt8[np.ndarray, "h2 w2 c"]:
+    """A transform of Pillow images, channel by channel unless it is RGB."""
     if pixels.shape[2] == 3:
-        return np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
-    planes = [
-        Image.fromarray(plane).resize((width, height), Image.Resampling.BICUBIC)
-        for plane in np.ascontiguousarray(pixels.transpose(2, 0, 1))
-    ]
-    return np.stack(planes, axis=2)
+        return np.array(transform(Image.fromarray(pixels)))
+    planes = np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    return np.stack([np.array(transform(Image.fromarray(plane))) for plane in planes], axis=2)
 
 
 def _is_plain_jpeg(data: bytes) -> bool:

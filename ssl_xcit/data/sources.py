@@ -111,29 +111,23 @@ def _open_folder(folder: Path, labels: bool) -> Source:
         raise UserError(f"{folder}: holds no image ({' '.join(EXTENSIONS)}){only}")
 
     unlabelled = _why_unlabelled(folder, files) if labels else "as asked"
-    if unlabelled:
-        return Source(
-            len(files),
-            lambda i: read_file(folder / files[i]),
-            files.__getitem__,
-            None,
-            None,
-            f"folder {folder}; labels: none, {unlabelled}",
-            unlabelled,
-            left_out,
-        )
-    used = {name.split("/")[0] for name in files}
-    empty = [name for name in classes if name not in used]
-    number = {name: i for i, name in enumerate(classes)}
+    numbers, said = None, f"none, {unlabelled}"
+    if not unlabelled:
+        owners = [name.split("/")[0] for name in files]
+        used = set(owners)
+        number = {name: i for i, name in enumerate(classes)}
+        numbers = np.array([number[name] for name in owners], np.int64)
+        empty = [name for name in classes if name not in used]
+        said = f"{len(classes)} folder names" + (f", empty: {', '.join(empty)}" if empty else "")
     return Source(
         len(files),
         lambda i: read_file(folder / files[i]),
         files.__getitem__,
-        np.array([number[name.split("/")[0]] for name in files], np.int64),
-        tuple(classes),
-        f"folder {folder}; labels: {len(classes)} folder names"
-        + (f", empty: {', '.join(empty)}" if empty else ""),
-        left_out=left_out,
+        numbers,
+        None if unlabelled else tuple(classes),
+        f"folder {folder}; labels: {said}",
+        unlabelled,
+        left_out,
     )
 
 
