@@ -185,10 +185,10 @@ def _integer(
 ) -> int:
     """The variable's value. Raises UserError unless it is an integer from `low` to `high`."""
     text = environment[name]
-    if re.fullmatch(r"-?[0-9]+", text) and low <= int(text) <= (
-        int(text) if high is None else high
-    ):
-        return int(text)
+    if re.fullmatch(r"-?[0-9]+", text):
+        value = int(text)
+        if low <= value and (high is None or value <= high):
+            return value
     bounds = f">= {low}" if high is None else f"in [{low}, {high}]"
     raise UserError(f"{name} must be an integer {bounds}, got {as_text(text)}: {advice}")
 

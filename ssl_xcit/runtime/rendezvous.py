@@ -27,27 +27,28 @@ def meet(
     """
     place = f"{address}:{port}"
     advice = f"start all ranks with one launcher, or run one process with: env -u {alone} COMMAND"
+    other_port = _other_port(alone)
     say, end = _Sayer(), time.monotonic() + timeout_s
-    store = _open(address, port, rank, world_size, end, say, advice)
+    store = _open(address, port, rank, world_size, end, say, advice, other_port)
     store = dist.PrefixStore(f"ssl_xcit/{job}", store)
     store.set(f"rank {rank}", b"")
     present = store.add("ranks", 1)
     if present > world_size:
-        raise UserError(f"{world_size} other ranks have met at {place}: {_other_port(alone)}")
+        raise UserError(f"{world_size} other ranks have met at {place}: {other_port}")
     if present == world_size:
         store.set("all", b"")
+
+    def missing() -> str:
+        away = [str(r) for r in range(world_size) if not store.check([f"rank {r}"])]
+        some = ", ".join(away[:8]) + (", ..." if len(away) > 8 else "")
+        return f"rank{'s' * (len(away) > 1)} {some} of {world_size} at {place}"
+
     began = time.monotonic()
     while not store.check(["all"]):
         time.sleep(POLL_S)
         now = time.monotonic()
         if not _by_agent() and now - began > FOREIGN_S and not store.check(["rank 0"]):
-            raise UserError(f"at {place} answers another job: {_other_port(alone)}")
-
-        def missing() -> str:
-            away = [str(r) for r in range(world_size) if not store.check([f"rank {r}"])]
-            some = ", ".join(away[:8]) + (", ..." if len(away) > 8 else "")
-            return f"rank{'s' * (len(away) > 1)} {some} of {world_size} at {place}"
-
+            raise UserError(f"at {place} answers another job: {other_port}")
         if now > end:
             raise UserError(f"waited {timeout_s:g} s in vain for {missing()}: {advice}")
         if rank == 0:
@@ -57,7 +58,14 @@ def meet(
 
 
 def _open(
-    address: str, port: int, rank: int, world_size: int, end: float, say: "_Sayer", advice: str
+    address: str,
+    port: int,
+    rank: int,
+    world_size: int,
+    end: float,
+    say: "_Sayer",
+    advice: str,
+    other_port: str,
 ) -> dist.TCPStore:
     """Open the store, or reach it."""
     opens, place, began = rank == 0 and not _by_agent(), f"{address}:{port}", time.monotonic()
@@ -91,12 +99,12 @@ def _open(
         return found[0]
     if "EADDRINUSE" in str(found):
         raise UserError(
-            f"port {port} of {address} is taken, by another job or program: {_other_port(advice)}"
+            f"port {port} of {address} is taken, by another job or program: {other_port}"
         )
     if opens:
         reason = str(found[0] if found else "timed out").partition("\n")[0]
         raise UserError(f"cannot open {place} for the other ranks: {reason}")
-    raise UserError(f"at {place} answers something else than rank 0: {_other_port(advice)}")
+    raise UserError(f"at {place} answers something else than rank 0: {other_port}")
 
 
 def _by_agent() -> bool:
