@@ -92,7 +92,10 @@ def read_json(path: Path) -> dict:
 
 
 def describe_run(run: Path, states: dict[str, str]) -> dict[str, str]:
-    """A text for each of COLUMNS. `states`: SLURM's state of each job, by id."""
+    """A text for each value that a sweep gave the run, then for each of COLUMNS.
+
+    `states`: SLURM's state of each job, by id.
+    """
     config = read_run(run) if (run / "config.yaml").exists() else None
     log = run / "metrics.jsonl"
     rows = read_metrics(log)
@@ -106,24 +109,9 @@ def describe_run(run: Path, states: dict[str, str]) -> dict[str, str]:
         found["logged"] = f"{_duration(time.time() - log.stat().st_mtime)} ago"
         if isinstance(config, TrainConfig):
             found["verdict"] = verdict(rows, config).name
-    probed = [row["probe/top1_cls"] for row in rows if "probe/top1_cls" in row]
-    evaluated = [row["top1"] for row in read_json(run / "eval/knn.json").get("accuracy", [])]
-    if evaluated or probed:
-        found["k-NN"] = f"{max(evaluated) if evaluated else probed[-1]:.2f}"
-    linear, finetune = (read_json(run / f"eval/{n}/result.json") for n in ("linear", "finetune"))
-    tops = [(linear.get(protocol) or {}).get("top1") for protocol in ("fast", "official")]
-    for column, top1 in (
-        ("linear", max((top for top in tops if top is not None), default=None)),
-        ("fine-tuning", finetune.get("top1")),
-    ):
-        found[column] = "" if top1 is None else f"{top1:.2f}"
     submission = read_json(run / "slurm/submission.json")
+    found |= _accuracies(run, rows, submission.get("evaluations") or {}, states)
     job = submission.get("job")
-    for name, evaluation in (submission.get("evaluations") or {}).items():
-        column = {"knn": "k-NN", "finetune": "fine-tuning"}.get(name, name)
-        state = states.get(evaluation, "COMPLETED")
-        if state != "COMPLETED" and not (evaluated if name == "knn" else found[column]):
-            found[column] = state.lower()
     saved = (read_json(path) for path in run.glob("checkpoints/step_*/state.json"))
     epochs = max((document.get("epoch", 0) for document in saved), default=0)
     if job in states and states[job] not in ENDED:
@@ -134,6 +122,30 @@ def describe_run(run: Path, states: dict[str, str]) -> dict[str, str]:
         found["state"] = states[job].lower()
     else:
         found["state"] = "unfinished" if rows else "not started"
+    swept = submission.get("sweep") or {}
+    return {setting: options.as_text(value) for setting, value in swept.items()} | found
+
+
+def _accuracies(
+    run: Path, rows: list[dict], jobs: dict[str, str], states: dict[str, str]
+) -> dict[str, str]:
+    """Top-1 of each evaluation, or the state of its job (`jobs`, by the evaluation's name)."""
+    linear, finetune = (read_json(run / f"eval/{n}/result.json") for n in ("linear", "finetune"))
+    fits = [linear.get(protocol) or {} for protocol in ("fast", "official")]
+    measured = {
+        "knn": [row["top1"] for row in read_json(run / "eval/knn.json").get("accuracy", [])],
+        "linear": [fit["top1"] for fit in fits if fit.get("top1") is not None],
+        "finetune": [finetune["top1"]] if finetune.get("top1") is not None else [],
+    }
+    found = {}
+    for column, name in (("k-NN", "knn"), ("linear", "linear"), ("fine-tuning", "finetune")):
+        tops, state = measured[name], states.get(jobs.get(name), "COMPLETED")
+        if not tops and state != "COMPLETED":
+            found[column] = state.lower()
+            continue
+        if not tops and name == "knn":
+            tops = [row["probe/top1_cls"] for row in rows if "probe/top1_cls" in row][-1:]
+        found[column] = f"{max(tops):.2f}" if tops else ""
     return found
 
 
@@ -146,9 +158,7 @@ def list_runs(root: Path) -> str:
     rows = []
     for run in runs:
         name = str(run.relative_to(root)) if run != root else run.name
-        swept = read_json(run / "slurm/submission.json").get("sweep", {})
-        swept = {setting: options.as_text(value) for setting, value in swept.items()}
-        rows.append({"run": name} | swept | describe_run(run, states))
+        rows.append({"run": name} | describe_run(run, states))
     swept = dict.fromkeys(key for row in rows for key in row if key not in ("run", *COLUMNS))
     shown = [name for name in COLUMNS if name not in SOME or any(row[name] for row in rows)]
     columns = ("run", *swept, *shown)
