@@ -153,8 +153,7 @@ def _without_wrappers(
         if sorted(roles.values()) != ["student", "teacher"]:
             raise UserError(
                 f"{where} holds {len(places)} networks, {listing(places, 20)}, and no name says "
-                f"which is the teacher: choose by --prefix, such as --prefix {places[0]} "
-                "(--init_prefix for --init_from)"
+                f"which is the teacher{_choose(places[0])}"
             )
     # Of a `backbone` among others its head may be wanted, too
     prefixes = {re.sub(r"(?<=\.)backbone\.$", "", place): roles[place] for place in places}
@@ -187,11 +186,9 @@ def _under(content: dict, prefix: str, path: object) -> tuple[dict, list[str]]:
     inner = found | beside if found else within(whole)
     places = _places(whole)
     if not inner:
-        known = (
-            f"its networks are under {listing(places, 20)}"
-            if places
-            else (f"its names are {listing(whole)}")
-        )
+        known = f"its names are {listing(whole)}"
+        if places:
+            known = f"its networks are under {listing(places, 20)}"
         raise UserError(f"{path} has no tensor under --prefix {prefix}: {known}")
     taken = (start, *(f"{entry}.{start}" for entry in found))
     return inner, [place for place in places if not place.startswith(taken)]
@@ -218,10 +215,11 @@ def _advice(content: dict) -> str:
     places = [place for place in _places(_flat(content)) if place]
     if not places:
         return ""
-    return (
-        f": choose by --prefix, such as --prefix {places[0]} (--init_prefix for --init_from); "
-        f"there are {listing(places, 20)}"
-    )
+    return f"{_choose(places[0])}; there are {listing(places, 20)}"
+
+
+def _choose(place: str) -> str:
+    return f": choose by --prefix, such as --prefix {place} (--init_prefix for --init_from)"
 
 
 def _tensors(network: object, where: object) -> StateDict:
