@@ -101,5 +101,6 @@ def describe_subject(facts: dict) -> str:
 def write_result(result: dict, path: str | Path) -> None:
     """Store `result` and its checksum as JSON, complete or not at all.
 
-    Raises UserError when the disk refuses."""
+    Raises UserError when the disk refuses.
+    """
     write_text(Path(path), json.dumps(seal(result), indent=1) + "\n")
